@@ -1,0 +1,1 @@
+"""Frameworks behind one seam (`base.py`): the numpy reference, PyTorch, MLX."""

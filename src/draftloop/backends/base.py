@@ -1,0 +1,187 @@
+"""The seam between the algorithm and a backend: exactly what the algorithm needs of a model, and no more.
+
+Contract: every operation takes a batch of sequences and treats each one as if it were alone. The core
+owns the random numbers (uniforms `u` are passed in) and all policy; a backend owns arrays, kernels and
+KV caches. A backend must not know what a request, a prompt or a setting is.
+
+Cache arithmetic (design §4). The target's cache holds everything but the last emitted token; the draft's
+may lag by one more. `propose` reads `unread` and its own K-1 first tokens, `verify` reads K+1 tokens; the
+core trims both afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from draftloop.backends.architecture import Architecture
+    from draftloop.types import Rules, Verdict
+
+
+class Cache(Protocol):
+    """The KV cache of one sequence in one model."""
+
+    @property
+    def position(self) -> int:
+        """How many tokens the cache holds."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens it can hold: `max_kv_cache_tokens`."""
+        ...
+
+    def trim(self, n: int) -> None:
+        """Forget the last `n` tokens; 0 <= n <= position, else ValueError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Draft tokens and where they came from. Arrays stay on the backend's device.
+
+    Attributes:
+        tokens: K token ids: a tuple of ints (any drafter) or a device array [K] (a draft model).
+        q: the draft's warped distributions, device array [K, V_draft] float32; None means that each
+            q is a point mass on its token (greedy drafting, suffix matches).
+        num_tokens: K; 0 asks the target alone.
+    """
+
+    tokens: Any
+    q: Any | None
+    num_tokens: int
+
+
+NO_PROPOSAL = Proposal(tokens=(), q=None, num_tokens=0)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillJob:
+    """Tokens to append to one cache."""
+
+    cache: Cache
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ProposeJob:
+    """One sequence's share of a draft step.
+
+    Attributes:
+        cache: the draft's cache.
+        unread: what the draft has not read yet, at least one token; the last one is the text's last.
+        num_draft_tokens: K >= 1.
+        rules: warping and masks for the K coming rows.
+        uniforms: [K] float32 in [0, 1): one a drafted token.
+    """
+
+    cache: Cache
+    unread: Sequence[int]
+    num_draft_tokens: int
+    rules: Rules
+    uniforms: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyJob:
+    """One sequence's share of a verification.
+
+    Attributes:
+        cache: the target's cache.
+        last: the last emitted token, not yet in the cache.
+        proposal: K tokens to test.
+        rules: warping and masks for the K+1 coming rows.
+        accept_uniforms: [K] float32 in [0, 1): d_i is kept where u_i · q_i(d_i) < p_i(d_i).
+        extra_uniforms: [K+1] float32 in [0, 1): the extra token of row m is drawn with number m.
+        trace: whether the verdict carries a trace.
+    """
+
+    cache: Cache
+    last: int
+    proposal: Proposal
+    rules: Rules
+    accept_uniforms: NDArray[np.float32]
+    extra_uniforms: NDArray[np.float32]
+    trace: bool = False
+
+
+class Model(Protocol):
+    """One loaded model."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """Its shapes."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes its weights occupy in memory."""
+        ...
+
+    def new_cache(self) -> Cache:
+        """An empty cache of `max_kv_cache_tokens`."""
+        ...
+
+    def prefill(self, batch: Sequence[PrefillJob]) -> None:
+        """Read tokens without looking at the logits. Callers chunk long prompts."""
+        ...
+
+    def propose(self, batch: Sequence[ProposeJob]) -> list[Proposal]:
+        """Draft K tokens a sequence; nothing is brought to the host."""
+        ...
+
+    def verify(self, batch: Sequence[VerifyJob]) -> list[Verdict]:
+        """One forward over K+1 tokens, accept / recover / bonus on the device, one host sync."""
+        ...
+
+    def logits(self, cache: Cache, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Read tokens and return their logits on the host, [T, V] float32. For tests and calibration."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can do on this machine.
+
+    Attributes:
+        backend: its name.
+        version: of the library underneath.
+        device: where it runs, in words ("cpu, 2 threads", "NVIDIA H100 80GB HBM3").
+        dtypes: activation types it computes in.
+        quantized_bits: weight widths that it multiplies without unpacking them.
+        device_memory_bytes: memory of the accelerator; None where it shares the machine's.
+    """
+
+    backend: str
+    version: str
+    device: str
+    dtypes: tuple[str, ...]
+    quantized_bits: tuple[int, ...]
+    device_memory_bytes: int | None
+
+
+class Backend(Protocol):
+    """A framework on a device."""
+
+    def capabilities(self) -> Capabilities:
+        """What it can do here."""
+        ...
+
+    def load(self, folder: Path, *, max_kv_cache_tokens: int) -> Model:
+        """Load a checked folder of safetensors.
+
+        Raises:
+            ModelUnreadable: an architecture, quantization or tensor that this backend cannot read.
+        """
+        ...
+
+    def clear_cache(self) -> None:
+        """Give back memory that the framework keeps for reuse (`memory.cache_clear_frequency`)."""
+        ...

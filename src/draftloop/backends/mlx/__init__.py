@@ -1,0 +1,1 @@
+"""MLX: Metal on Apple silicon, CUDA and the processor on Linux. The only folder that imports it."""

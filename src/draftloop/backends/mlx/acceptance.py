@@ -1,0 +1,154 @@
+"""The rule of `backends/numpy/acceptance.py` in MLX operations: nothing here leaves the device.
+
+Contract: pure functions of lazy arrays, float32; `R` rows, `V` vocabulary entries, `K` draft tokens. Only
+operations that the Metal, CUDA and CPU builds all have. Must not know models or caches.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import mlx.core as mx
+
+from draftloop.types import TRACE_TOP_TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from draftloop.types import Sampling
+
+# A flat float32 sum over 152k probabilities loses digits; sums of blocks, then within one, do not.
+_BLOCK = 512
+
+
+class Decision(NamedTuple):
+    """What `accept` decided, on the device: m and the extra token (scalars), alphas [K], q(d_i) [K]."""
+
+    accepted_tokens: mx.array
+    extra_token: mx.array
+    alphas: mx.array
+    draft_probs: mx.array
+
+
+class TopTokens(NamedTuple):
+    """The head of R distributions: ids and log-probabilities [R, min(V, 32)], tail mass [R]."""
+
+    ids: mx.array
+    logprobs: mx.array
+    tail_mass: mx.array
+
+
+def mask(logits: mx.array, masked_ids: Sequence[int], masked_rows: int) -> mx.array:
+    """Logits [R, V] in float32, without `masked_ids` in the first `masked_rows` rows."""
+    scores = logits.astype(mx.float32)
+    ids = [token for token in masked_ids if token < scores.shape[1]]
+    if not ids or masked_rows <= 0:
+        return scores
+    barred = mx.zeros(scores.shape[1], mx.bool_)
+    barred[mx.array(ids)] = True
+    rows = mx.arange(scores.shape[0]) < masked_rows
+    return mx.where(rows[:, None] & barred, -mx.inf, scores)
+
+
+def warp(scores: mx.array, sampling: Sampling) -> mx.array:
+    """Masked logits [R, V] → the distributions [R, V] that tokens are drawn from, as the reference has it."""
+    vocabulary = mx.arange(scores.shape[1])
+    if sampling.greedy:
+        best: mx.array = scores.argmax(axis=-1, keepdims=True)
+        return (vocabulary == best).astype(mx.float32)
+    probs = mx.softmax(
+        (scores - scores.max(axis=-1, keepdims=True)) / sampling.temperature, axis=-1, precise=True
+    )
+    if sampling.top_k > 0 or sampling.top_p < 1:
+        order = mx.argsort(-scores, axis=-1)
+        ranked = mx.take_along_axis(probs, order, axis=-1)
+        if sampling.top_k > 0:
+            ranked = _normalize(mx.where(vocabulary < sampling.top_k, ranked, 0.0))
+        if sampling.top_p < 1:
+            mass_before = ranked.cumsum(axis=-1) - ranked
+            ranked = mx.where(mass_before < sampling.top_p, ranked, 0.0)
+        probs = mx.put_along_axis(mx.zeros_like(probs), order, ranked, axis=-1)
+    if sampling.min_p > 0:
+        probs = mx.where(probs < sampling.min_p * probs.max(axis=-1, keepdims=True), 0.0, probs)
+    return _normalize(probs)
+
+
+def draw(weights: mx.array, uniform: mx.array) -> mx.array:
+    """Inverse CDF of weights [V] at a scalar in [0, 1): an index of positive weight, int32."""
+    blocks = mx.pad(weights, (0, -weights.size % _BLOCK)).reshape(-1, _BLOCK)
+    sums = blocks.sum(axis=-1)
+    cumulative = sums.cumsum()
+    target = uniform * cumulative[-1]
+    block = _first_above(cumulative, sums, target)
+    before = mx.concatenate([mx.zeros(1), cumulative])[block]
+    inner = blocks[block]
+    return block * _BLOCK + _first_above(inner.cumsum(), inner, target - before)
+
+
+def accept(
+    p: mx.array, q: mx.array | None, tokens: mx.array, accept_uniforms: mx.array, extra_uniforms: mx.array
+) -> Decision:
+    """Keep draft tokens so that the output is distributed as p (Leviathan et al. 2023, Algorithm 1).
+
+    Args:
+        p: [K + 1, V_target].
+        q: [K, V_draft], or None for point masses on `tokens`; where the vocabularies differ, the entry
+            that one side lacks has probability 0 there.
+        tokens: [K] int32.
+        accept_uniforms: [K].
+        extra_uniforms: [K + 1].
+    """
+    k, width = tokens.size, p.shape[1]
+    if k == 0:
+        none = mx.zeros(0)
+        return Decision(mx.array(0), draw(p[0], extra_uniforms[0]), none, none)
+    if q is None:
+        draft_probs = mx.ones(k)
+        proposed = (mx.arange(width) == tokens[:, None]).astype(mx.float32)
+    else:
+        draft_probs = mx.take_along_axis(q, tokens[:, None], axis=-1)[:, 0]
+        proposed = _fit(q, width)
+    # An id that the target lacks reads another's probability, and is then set to 0.
+    inside = mx.minimum(tokens, width - 1)[:, None]
+    target_probs = mx.where(tokens < width, mx.take_along_axis(p[:k], inside, axis=-1)[:, 0], 0.0)
+    kept = (accept_uniforms * draft_probs < target_probs).astype(mx.int32).cumprod().sum()
+    # Nothing was proposed in the last row, so there the residual is p itself: the bonus token.
+    last = mx.zeros((1, width))
+    row = p[kept]
+    residual = mx.maximum(row - mx.concatenate([proposed, last])[kept], 0.0)
+    # All zero means p == q up to rounding: a rejection is then itself a rounding error, and p is the limit.
+    weights = mx.where(residual.sum() > 0, residual, row)
+    return Decision(
+        accepted_tokens=kept,
+        extra_token=draw(weights, extra_uniforms[kept]),
+        alphas=mx.minimum(p[:k], proposed).sum(axis=-1),
+        draft_probs=draft_probs,
+    )
+
+
+def top_tokens(logits: mx.array) -> TopTokens:
+    """The most likely tokens of each row [R, V], at temperature 1 and unmasked, most likely first."""
+    scores = logits.astype(mx.float32)
+    logprobs = scores - mx.logsumexp(scores, axis=-1, keepdims=True)
+    count = min(TRACE_TOP_TOKENS, logprobs.shape[1])
+    ids = mx.argsort(-logprobs, axis=-1)[:, :count]
+    top = mx.take_along_axis(logprobs, ids, axis=-1)
+    return TopTokens(ids, top, mx.maximum(1 - mx.exp(top).sum(axis=-1), 0.0))
+
+
+def _first_above(cumulative: mx.array, weights: mx.array, target: mx.array) -> mx.array:
+    """The first index of positive weight whose cumulative sum exceeds `target`; else the last positive."""
+    # A parallel scan may round so that a sum grows across a zero; hence the look at the weight itself.
+    positive = weights > 0
+    index = mx.arange(weights.size)
+    first = mx.where(positive & (cumulative > target), index, weights.size).min()
+    return mx.minimum(first, mx.where(positive, index, 0).max())
+
+
+def _normalize(weights: mx.array) -> mx.array:
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def _fit(q: mx.array, width: int) -> mx.array:
+    """[K, V_draft] → [K, width], cut or filled with zeros."""
+    return mx.pad(q[:, :width], [(0, 0), (0, max(0, width - q.shape[1]))])

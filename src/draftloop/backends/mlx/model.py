@@ -1,0 +1,205 @@
+"""`MlxModel`: one mlx-lm model behind the seam of `backends/base.py`.
+
+Contract: `propose` builds a lazy graph and brings nothing to the host; `verify` brings one array. Every
+sequence is computed alone, so a batch is a loop. Must not know how a model is found or loaded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+
+from draftloop.backends.base import Proposal
+from draftloop.backends.mlx.acceptance import accept, draw, mask, top_tokens, warp
+from draftloop.types import TRACE_TOP_TOKENS, Trace, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from draftloop.backends.architecture import Architecture
+    from draftloop.backends.base import Cache, PrefillJob, ProposeJob, VerifyJob
+
+    Floats = NDArray[np.float32]
+
+
+class MlxCache:
+    """mlx-lm's KV cache of one sequence, one entry a layer; it grows by 256 tokens at a time."""
+
+    def __init__(self, layers: list[Any], max_tokens: int) -> None:
+        self.layers = layers
+        self._max_tokens = max_tokens
+
+    @property
+    def position(self) -> int:
+        """How many tokens the cache holds."""
+        return int(self.layers[0].offset)
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens it can hold."""
+        return self._max_tokens
+
+    def trim(self, n: int) -> None:
+        """Forget the last `n` tokens.
+
+        Raises:
+            ValueError: `n` is negative or more than there are.
+        """
+        if not 0 <= n <= self.position:
+            raise ValueError(f"cannot trim {n} of {self.position} tokens")
+        trim_prompt_cache(self.layers, n)
+
+    def check_room(self, n: int) -> None:
+        """Refuse `n` more tokens where they exceed `max_tokens`.
+
+        Raises:
+            ValueError: with the numbers.
+        """
+        if self.position + n > self._max_tokens:
+            raise ValueError(f"the cache holds {self.position} of {self._max_tokens} tokens; {n} do not fit")
+
+
+class MlxModel:
+    """One loaded model.
+
+    Args:
+        architecture: its shapes.
+        network: mlx-lm's module: (tokens [B, T], cache) → logits [B, T, V].
+        device: where to run.
+        max_kv_cache_tokens: cap of each cache.
+    """
+
+    def __init__(
+        self, architecture: Architecture, network: Any, device: mx.Device, max_kv_cache_tokens: int
+    ) -> None:
+        self._architecture = architecture
+        self._network = network
+        self._device = device
+        self._max_kv_cache_tokens = max_kv_cache_tokens
+
+    @property
+    def architecture(self) -> Architecture:
+        """Its shapes."""
+        return self._architecture
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes its weights occupy, packed where they are."""
+        parameters = cast("list[tuple[str, mx.array]]", tree_flatten(self._network.parameters()))
+        return sum(array.nbytes for _, array in parameters)
+
+    def new_cache(self) -> MlxCache:
+        """An empty cache."""
+        return MlxCache(make_prompt_cache(self._network), self._max_kv_cache_tokens)
+
+    def prefill(self, batch: Sequence[PrefillJob]) -> None:
+        """Append tokens to each job's cache. The output head is never computed: nobody asks for it."""
+        with mx.stream(self._device):
+            for job in batch:
+                self._forward(job.cache, mx.array(list(job.tokens), mx.int32))
+            mx.eval([layer.state for job in batch for layer in cast("MlxCache", job.cache).layers])
+
+    def propose(self, batch: Sequence[ProposeJob]) -> list[Proposal]:
+        """Draft K tokens for each job: tokens [K] int32 and, unless greedy, q [K, V], both still lazy."""
+        with mx.stream(self._device):
+            return [self._propose(job) for job in batch]
+
+    def verify(self, batch: Sequence[VerifyJob]) -> list[Verdict]:
+        """Test each job's proposal; one evaluation and one transfer for the whole batch."""
+        with mx.stream(self._device):
+            parts = [self._decide(job) for job in batch]
+            packed = np.array(mx.concatenate([array for part in parts for array in part]))
+        verdicts = []
+        for job, part in zip(batch, parts, strict=True):
+            sizes = [array.size for array in part]
+            mine, packed = packed[: sum(sizes)], packed[sum(sizes) :]
+            verdicts.append(_verdict(np.split(mine, np.cumsum(sizes)[:-1]), job.proposal.num_tokens))
+        return verdicts
+
+    def logits(self, cache: Cache, tokens: Sequence[int]) -> Floats:
+        """Append tokens [T] and return their logits [T, V]."""
+        with mx.stream(self._device):
+            return np.array(self._forward(cache, mx.array(list(tokens), mx.int32)).astype(mx.float32))
+
+    def _forward(self, cache: Cache, tokens: mx.array) -> mx.array:
+        """Append tokens [T] int32 to a cache: logits [T, V], in the model's own dtype.
+
+        An id past the vocabulary (the other model's padding) reads as the last row.
+        """
+        own = cast("MlxCache", cache)
+        own.check_room(tokens.size)
+        inside = mx.minimum(tokens, self._architecture.vocab_size - 1)
+        logits: mx.array = self._network(inside[None], cache=own.layers)[0]
+        return logits
+
+    def _propose(self, job: ProposeJob) -> Proposal:
+        rules, uniforms = job.rules, mx.array(job.uniforms)
+        coming = mx.array(list(job.unread), mx.int32)
+        tokens, rows = [], []
+        for i in range(job.num_draft_tokens):
+            logits = self._forward(job.cache, coming)[-1:]
+            scores = mask(logits, rules.masked_ids, rules.masked_rows - i)
+            if rules.sampling.greedy:
+                token = scores[0].argmax()
+            else:
+                rows.append(warp(scores, rules.sampling))
+                token = draw(rows[-1][0], uniforms[i])
+            coming = token.astype(mx.int32)[None]
+            # The device starts on this step while the host builds the next one.
+            mx.async_eval(coming)  # type: ignore[no-untyped-call]
+            tokens.append(coming)
+        q = mx.concatenate(rows) if rows else None
+        return Proposal(tokens=mx.concatenate(tokens), q=q, num_tokens=job.num_draft_tokens)
+
+    def _decide(self, job: VerifyJob) -> list[mx.array]:
+        """One job's verdict as flat float32 arrays, lazy; `_verdict` reads them in the same order.
+
+        Ids travel as float32 too, which is exact below 2^24.
+        """
+        rules, proposal = job.rules, job.proposal
+        tokens = proposal.tokens
+        if not isinstance(tokens, mx.array):
+            tokens = mx.array(list(tokens), mx.int32)
+        logits = self._forward(job.cache, mx.concatenate([mx.array([job.last], mx.int32), tokens]))
+        p = warp(mask(logits, rules.masked_ids, rules.masked_rows), rules.sampling)
+        decision = accept(p, proposal.q, tokens, mx.array(job.accept_uniforms), mx.array(job.extra_uniforms))
+        part = [
+            decision.accepted_tokens,
+            decision.extra_token,
+            tokens,
+            decision.alphas,
+            decision.draft_probs,
+            *(top_tokens(logits) if job.trace else ()),
+        ]
+        return [array.astype(mx.float32).reshape(-1) for array in part]
+
+
+def _verdict(part: Sequence[Floats], k: int) -> Verdict:
+    """Read what `_decide` packed, on the host."""
+    accepted, extra, drafted, alphas, draft_probs, *top = part
+    tokens = tuple(int(token) for token in drafted)
+    kept = int(accepted[0])
+    trace = _trace(top, tokens, draft_probs, kept + 1) if top else None
+    tested = alphas[: min(kept + 1, k)]
+    return Verdict(tokens, kept, int(extra[0]), tuple(float(alpha) for alpha in tested), trace)
+
+
+def _trace(top: Sequence[Floats], tokens: tuple[int, ...], draft_probs: Floats, rows: int) -> Trace:
+    """The first `rows` rows of the target's top tokens, beside what was proposed there."""
+    ids, logprobs, tail_mass = top
+    columns = ids.size // tail_mass.size
+    missing = ((0, 0), (0, TRACE_TOP_TOKENS - columns))
+    return Trace(
+        top_ids=np.pad(ids.reshape(-1, columns)[:rows], missing, constant_values=-1).astype(np.int32),
+        top_logprobs=np.pad(logprobs.reshape(-1, columns)[:rows], missing, constant_values=-np.inf),
+        tail_mass=tail_mass[:rows].copy(),
+        # The bonus row has no draft token: -1, with probability 0.
+        draft_ids=np.array((*tokens, -1)[:rows], np.int32),
+        draft_probs=np.append(draft_probs, np.float32(0))[:rows],
+    )

@@ -1,0 +1,64 @@
+"""Which backend runs here. The only place that picks one; it imports a framework only when chosen."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from typing import TYPE_CHECKING
+
+from draftloop.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from draftloop.backends.base import Backend
+
+BACKENDS = ("numpy", "torch", "mlx")
+DEVICES = ("auto", "cpu", "gpu")
+
+
+def is_apple_silicon() -> bool:
+    """Whether this machine is a Mac with an Apple chip."""
+    return platform.system() == "Darwin" and platform.machine() == "arm64"
+
+
+def is_installed(name: str) -> bool:
+    """Whether a backend's framework can be imported."""
+    needed = {"numpy": ("numpy",), "torch": ("torch",), "mlx": ("mlx", "mlx_lm")}[name]
+    return all(importlib.util.find_spec(module) is not None for module in needed)
+
+
+def choose_backend() -> str:
+    """What `backend: auto` means here: MLX on Apple silicon, else PyTorch."""
+    return "mlx" if is_apple_silicon() else "torch"
+
+
+def open_backend(name: str = "auto", device: str = "auto") -> Backend:
+    """Open a backend.
+
+    Args:
+        name: `auto`, `numpy`, `torch` or `mlx`.
+        device: `auto` (a GPU where there is one), `cpu` or `gpu`.
+
+    Raises:
+        BackendUnavailable: the framework is not installed, or the device is not there.
+    """
+    chosen = choose_backend() if name == "auto" else name
+    if chosen not in BACKENDS:
+        raise BackendUnavailable(
+            f"backend {chosen!r} is unknown", remedy=f"Choose auto, {', '.join(BACKENDS)}."
+        )
+    if not is_installed(chosen):
+        raise BackendUnavailable(
+            f"backend {chosen!r} is not installed",
+            remedy=f"Run `make setup`, or `pip install 'draftloop[{chosen}]'`.",
+        )
+    if chosen == "torch":
+        from draftloop.backends.torch.backend import TorchBackend
+
+        return TorchBackend(device)
+    if chosen == "mlx":
+        from draftloop.backends.mlx.backend import MlxBackend
+
+        return MlxBackend(device)
+    from draftloop.backends.numpy.backend import NumpyBackend
+
+    return NumpyBackend(device)

@@ -1,0 +1,198 @@
+"""Warping, drawing and the accept / recover / bonus rule on the device.
+
+Contract: the same results as the NumPy reference (`backends/numpy/acceptance.py`), with no host sync on a
+GPU. Must not know a model. Letters: R rows, V vocabulary, K draft tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from draftloop.types import TRACE_TOP_TOKENS, Trace, Verdict
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from draftloop.backends.base import Proposal, VerifyJob
+    from draftloop.types import Rules, Sampling
+
+_NUCLEUS_CANDIDATES = 1024
+"""On a CPU the nucleus is looked for among so many top tokens first: a full sort costs ten times more."""
+
+
+def mask(logits: torch.Tensor, rules: Rules, first_row: int = 0) -> torch.Tensor:
+    """[R, V] logits with the masked ids at -inf in the rows that `rules` still masks."""
+    rows = min(len(logits), rules.masked_rows - first_row)
+    if rows < 1 or not rules.masked_ids:
+        return logits
+    masked = logits.clone()
+    masked[:rows, list(rules.masked_ids)] = -torch.inf
+    return masked
+
+
+def warp(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """[R, V] logits -> [R, V] float32 probabilities; temperature, top-k, top-p, min-p in this order."""
+    if sampling.greedy:
+        probs = torch.zeros_like(logits)
+        return probs.scatter_(1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    probs = torch.softmax(logits / sampling.temperature, dim=-1)
+    if 0 < sampling.top_k < probs.shape[1]:
+        probs = _keep_top(probs, sampling.top_k)
+    if sampling.top_p < 1.0:
+        probs = _keep_nucleus(probs, sampling.top_p)
+    if sampling.min_p > 0.0:
+        floor = sampling.min_p * probs.amax(dim=-1, keepdim=True)
+        probs = _normalize(torch.where(probs >= floor, probs, 0.0))
+    return probs
+
+
+def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Inverse CDF: the first index whose cumulative mass exceeds u; probs [R, V], uniforms [R] -> [R]."""
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    # Rounding may lift u·total to total itself, behind which only tokens of no mass remain.
+    below = torch.nextafter(total, torch.zeros_like(total))
+    threshold = torch.minimum(uniforms.double().unsqueeze(1) * total, below)
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What `decide` found, on the device: accepted and extra are scalars, alphas is [K]."""
+
+    accepted: torch.Tensor
+    extra: torch.Tensor
+    alphas: torch.Tensor
+
+
+def decide(
+    p: torch.Tensor,
+    q: torch.Tensor | None,
+    tokens: torch.Tensor,
+    accept_uniforms: torch.Tensor,
+    extra_uniforms: torch.Tensor,
+) -> Decision:
+    """Leviathan et al. 2023, Algorithm 1: p [K+1, V], q [K, V] or None (point masses), tokens [K]."""
+    k = len(tokens)
+    guesses = tokens.unsqueeze(1)
+    p_guess = p[:k].gather(1, guesses).squeeze(1)
+    if q is None:
+        kept = accept_uniforms < p_guess
+        residual = p[:k].scatter(1, guesses, 0.0)
+        alphas = p_guess
+    else:
+        kept = accept_uniforms * q.gather(1, guesses).squeeze(1) < p_guess
+        residual = (p[:k] - q).clamp_(min=0.0)
+        alphas = torch.minimum(p[:k], q).sum(dim=-1)
+    # Where rounding leaves nothing of p - q, p and q agree and p itself is the right source.
+    residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, p[:k])
+    accepted = kept.long().cumprod(dim=0).sum()
+    source = torch.cat((residual, p[k:])).index_select(0, accepted.view(1))
+    extra = draw(source, extra_uniforms.index_select(0, accepted.view(1)))
+    return Decision(accepted, extra[0], alphas)
+
+
+def verdict_of(logits: torch.Tensor, job: VerifyJob) -> Verdict:
+    """[K+1, V] float32 logits of the target -> the verdict, brought to the host in one transfer."""
+    device, k = logits.device, job.proposal.num_tokens
+    tokens, q = _on_device(job.proposal, logits.shape[1], device)
+    p = warp(mask(logits, job.rules), job.rules.sampling)
+    if q is not None and q.shape[1] > p.shape[1]:
+        p = torch.nn.functional.pad(p, (0, q.shape[1] - p.shape[1]))
+    decision = decide(
+        p, q, tokens, to_device(job.accept_uniforms, device), to_device(job.extra_uniforms, device)
+    )
+    parts = [decision.accepted.view(1), decision.extra.view(1), tokens, decision.alphas]
+    if job.trace:
+        parts += _trace_parts(logits, tokens, q)
+    # Ids are below 2^53, so one float64 array carries everything.
+    host = torch.cat([part.flatten().double() for part in parts]).cpu().numpy()
+    accepted = int(host[0])
+    return Verdict(
+        drafted_tokens=tuple(int(token) for token in host[2 : 2 + k]),
+        accepted_tokens=accepted,
+        extra_token=int(host[1]),
+        alphas=tuple(float(alpha) for alpha in host[2 + k : 2 + k + min(accepted + 1, k)]),
+        trace=_trace_of(host[2 + 2 * k :], host[2 : 2 + k], accepted) if job.trace else None,
+    )
+
+
+def to_device(values: NDArray[np.float32], device: torch.device) -> torch.Tensor:
+    """A small host array on the device, without waiting for it."""
+    return torch.from_numpy(values.copy()).to(device, non_blocking=True)
+
+
+def _on_device(
+    proposal: Proposal, vocab_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if isinstance(proposal.tokens, torch.Tensor):
+        tokens = proposal.tokens
+    else:
+        tokens = torch.tensor(proposal.tokens, dtype=torch.long, device=device)
+    q = proposal.q
+    if isinstance(q, torch.Tensor) and q.shape[1] < vocab_size:
+        q = torch.nn.functional.pad(q, (0, vocab_size - q.shape[1]))
+    return tokens, q
+
+
+def _normalize(probs: torch.Tensor) -> torch.Tensor:
+    return probs / probs.sum(dim=-1, keepdim=True)
+
+
+def _keep_top(probs: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` most likely of each row; of equals the lower id."""
+    order = probs.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    return _normalize(torch.zeros_like(probs).scatter_(1, order, probs.gather(1, order)))
+
+
+def _keep_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The smallest set of most likely tokens whose mass reaches `top_p` (Holtzman et al. 2020)."""
+    values, order = _descending(probs, top_p)
+    before = values.cumsum(dim=-1, dtype=torch.float64) - values
+    return _normalize(torch.zeros_like(probs).scatter_(1, order, torch.where(before < top_p, values, 0.0)))
+
+
+def _descending(probs: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's tokens, most likely first: as many as hold `top_p` of the mass, or all."""
+    if probs.device.type == "cpu" and probs.shape[1] > _NUCLEUS_CANDIDATES:
+        # One more than is used shows whether a tie crosses the end: then ids decide, so sort all.
+        values, order = probs.topk(_NUCLEUS_CANDIDATES, dim=-1)
+        settled = values[:, :-1].sum(dim=-1) - values[:, 0] * 1e-6 > top_p
+        if bool((settled & (values[:, -2] > values[:, -1])).all()):
+            # Stable by id within equal values: topk promises no order there.
+            by_id = order.argsort(dim=-1)
+            values, order = values.gather(1, by_id), order.gather(1, by_id)
+            ranked = values.sort(dim=-1, descending=True, stable=True)
+            return ranked.values, order.gather(1, ranked.indices)
+    ranked = probs.sort(dim=-1, descending=True, stable=True)
+    return ranked.values, ranked.indices
+
+
+def _trace_parts(logits: torch.Tensor, tokens: torch.Tensor, q: torch.Tensor | None) -> list[torch.Tensor]:
+    logprobs = torch.log_softmax(logits, dim=-1)
+    top = logprobs.topk(min(TRACE_TOP_TOKENS, logits.shape[1]), dim=-1)
+    tail = (1.0 - top.values.double().exp().sum(dim=-1)).clamp_(min=0.0)
+    guessed = torch.ones_like(tail[:-1]) if q is None else q.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return [top.indices, top.values, tail, guessed]
+
+
+def _trace_of(host: NDArray[np.float64], tokens: NDArray[np.float64], accepted: int) -> Trace:
+    """Cut the flat array that `_trace_parts` became: the rows of the emitted positions."""
+    k, rows = len(tokens), accepted + 1
+    width = (len(host) - (k + 1) - k) // (2 * (k + 1))
+    split = (k + 1) * width
+    ids, logprobs = host[:split].reshape(k + 1, width), host[split : 2 * split].reshape(k + 1, width)
+    tail, guessed = host[2 * split : 2 * split + k + 1], host[2 * split + k + 1 :]
+    draft_ids, draft_probs = tail[:rows] * 0 - 1, tail[:rows] * 0
+    draft_ids[:k], draft_probs[:k] = tokens[:rows], guessed[:rows]
+    return Trace(
+        top_ids=ids[:rows].astype("int32"),
+        top_logprobs=logprobs[:rows].astype("float32"),
+        tail_mass=tail[:rows].astype("float32"),
+        draft_ids=draft_ids.astype("int32"),
+        draft_probs=draft_probs.astype("float32"),
+    )

@@ -1,0 +1,100 @@
+"""Settings -> a checked plan -> an engine. The only place where configuration meets models and backends.
+
+Contract: `prepare` does all that is cheap (names resolve, tokenizers agree, the memory plan fits) and
+loads no weights; `load_engine` loads them. Must not know the command line.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from draftloop.backends.architecture import Architecture, read_architecture
+from draftloop.backends.registry import open_backend
+from draftloop.engine import Engine
+from draftloop.errors import ConfigError
+from draftloop.models.memory import MemoryPlan, plan_memory
+from draftloop.models.resolve import resolve
+from draftloop.models.tokenizer import Tokenizer, check_tokenizers_agree
+from draftloop.speculation.stream import Pair
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from draftloop.backends.base import Backend
+    from draftloop.config import Config
+    from draftloop.models.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A pair that is known to fit together and into this machine."""
+
+    target_folder: Path
+    draft_folder: Path
+    target: Architecture
+    draft: Architecture
+    tokenizer: Tokenizer
+    backend: Backend
+    plan: MemoryPlan
+
+
+def prepare(config: Config, progress: Progress | None = None) -> Prepared:
+    """Resolve both names (downloading where needed) and check everything that needs no weights.
+
+    Raises:
+        ModelNotFound, ModelUnreadable, TokenizerMismatch, BackendUnavailable, MemoryPlanError,
+        ConfigError: what is wrong, and what would be right.
+    """
+    backend = open_backend(config.backend, config.device)
+    target_folder = resolve(config.models.target.name, progress=progress)
+    draft_folder = resolve(config.models.draft.name, progress=progress)
+    target, draft = read_architecture(target_folder), read_architecture(draft_folder)
+    _check_context("target", config.models.target.max_kv_cache_tokens, target)
+    _check_context("draft", config.models.draft.max_kv_cache_tokens, draft)
+    tokenizer = Tokenizer.load(target_folder)
+    if draft_folder != target_folder:
+        check_tokenizers_agree(tokenizer, Tokenizer.load(draft_folder))
+    plan = plan_memory(target, draft, config, backend.capabilities().device_memory_bytes)
+    return Prepared(target_folder, draft_folder, target, draft, tokenizer, backend, plan)
+
+
+def load_engine(config: Config, progress: Progress | None = None, *, with_draft: bool = True) -> Engine:
+    """Prepare, and load the models.
+
+    Args:
+        config: the effective settings.
+        progress: shows downloads and conversions.
+        with_draft: False loads the target alone (`--no-speculation`).
+    """
+    prepared = prepare(config, progress)
+    prepared.plan.check_generation()
+    backend, started_s = prepared.backend, time.perf_counter()
+    target = backend.load(
+        prepared.target_folder, max_kv_cache_tokens=config.models.target.max_kv_cache_tokens
+    )
+    draft = None
+    if with_draft:
+        draft = backend.load(
+            prepared.draft_folder, max_kv_cache_tokens=config.models.draft.max_kv_cache_tokens
+        )
+    logger.debug("models loaded in %.1f s", time.perf_counter() - started_s)
+    return Engine(
+        backend,
+        Pair(target, draft),
+        prepared.tokenizer,
+        cache_clear_frequency=config.memory.cache_clear_frequency,
+    )
+
+
+def _check_context(role: str, max_kv_cache_tokens: int, architecture: Architecture) -> None:
+    if max_kv_cache_tokens > architecture.max_position_tokens:
+        raise ConfigError(
+            f"models.{role}.max_kv_cache_tokens = {max_kv_cache_tokens} exceeds the {role}'s context of "
+            f"{architecture.max_position_tokens} tokens",
+            remedy=f"Set it to {architecture.max_position_tokens} or less.",
+        )

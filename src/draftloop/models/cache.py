@@ -1,0 +1,122 @@
+"""Draftloop's own cache of models: where it is, room on the disk, locks, and writes that appear whole.
+
+Contract: nothing half-written is ever found under its final name, and two processes that want the same
+thing wait for each other. Must not know what is stored.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from draftloop.errors import StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SPARE_BYTES = 64 << 20
+"""What must stay free beside the files themselves: the rest of the system writes too."""
+
+
+def cache_root() -> Path:
+    """`$DRAFTLOOP_CACHE`, else the place this system keeps caches in."""
+    own, xdg = os.environ.get("DRAFTLOOP_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own).expanduser()
+    if xdg:
+        return Path(xdg).expanduser() / "draftloop"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "draftloop"
+    return Path.home() / ".cache" / "draftloop"
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Turn an OSError inside the block into a StorageError that begins with `what` ("writing …")."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"The disk became full while {what}",
+                remedy="Free some space and run the same command again; what is complete is kept.",
+            ) from error
+        raise StorageError(
+            f"An error stopped {what}: {error}",
+            remedy="Check the folder and its permissions, or point DRAFTLOOP_CACHE at another one.",
+        ) from error
+
+
+def make_folder(folder: Path) -> Path:
+    """Create `folder` and its parents where they are missing."""
+    with storage_errors(f"creating {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
+    """Refuse to begin what cannot be finished.
+
+    Raises:
+        StorageError: `folder`'s disk has less than `needed_bytes` free.
+    """
+    with storage_errors(f"measuring the free space of {folder}"):
+        free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes + SPARE_BYTES:
+        raise StorageError(
+            f"{purpose} needs {needed_bytes + SPARE_BYTES:,} bytes in {folder}, and {free_bytes:,} are free",
+            remedy="Free some space, or point DRAFTLOOP_CACHE at a folder on another disk.",
+        )
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock beside `path`; another process that wants it waits."""
+    from filelock import FileLock
+
+    make_folder(path.parent)
+    with storage_errors(f"locking {path}"):
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    If `path` has come into being meanwhile, it is kept: both hold the same.
+    """
+    make_folder(path.parent)
+    with storage_errors(f"writing {path}"):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            if not path.exists():
+                temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A `.partial` path that becomes `path` when the block ends well, and vanishes when it does not."""
+    partial = path.with_name(f"{path.name}.partial")
+    with storage_errors(f"writing {path}"):
+        try:
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""The round, written once: propose, verify, accept / recover / bonus, trim. Knows no framework, no text."""

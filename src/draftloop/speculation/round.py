@@ -1,0 +1,134 @@
+"""One round over a batch of streams: propose, verify, accept / recover / bonus, trim (design §4).
+
+Contract: the only place where the two models meet. What the round emits is distributed exactly as the
+target's own tokens, whoever drafted. Must not know text, requests or settings files.
+
+Source: Leviathan et al. 2023, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from draftloop.backends.base import NO_PROPOSAL, Proposal, ProposeJob, VerifyJob
+from draftloop.types import FinishReason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from draftloop.speculation.stream import Pair, Stream
+    from draftloop.types import TokenKind, Trace, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one round did to one stream.
+
+    Attributes:
+        tokens: emitted, in order; the last one may be EOS.
+        kinds: how each came to be.
+        drafted_tokens: proposed and not cut off by the end of the answer.
+        accepted_tokens: how many of those were kept.
+        alphas: Σ_x min(p(x), q(x)) at each tested position.
+        finish_reason: set in the answer's last round.
+        trace: the target's top tokens at each emitted position, where asked for.
+    """
+
+    tokens: tuple[int, ...]
+    kinds: tuple[TokenKind, ...]
+    drafted_tokens: int
+    accepted_tokens: int
+    alphas: tuple[float, ...]
+    finish_reason: FinishReason | None
+    trace: Trace | None
+
+
+def draft_budget(stream: Stream) -> int:
+    """How many tokens this round may propose: never more than the answer or a cache has room for."""
+    budget = min(stream.settings.num_draft_tokens, stream.remaining_tokens - 1)
+    draft_cache = stream.conversation.draft_cache
+    if draft_cache is None:
+        return 0
+    # The draft reads everything up to its own last guess but one.
+    room = draft_cache.max_tokens - len(stream.conversation.tokens) + 1
+    return max(0, min(budget, room))
+
+
+def run_round(pair: Pair, streams: Sequence[Stream]) -> list[Round]:
+    """Run one round for each stream. Each must have `remaining_tokens` >= 1."""
+    proposals = _propose(pair, streams)
+    jobs = []
+    for stream, proposal in zip(streams, proposals, strict=True):
+        start, k = stream.emitted_tokens, proposal.num_tokens
+        jobs.append(
+            VerifyJob(
+                cache=stream.conversation.target_cache,
+                last=stream.conversation.tokens[-1],
+                proposal=proposal,
+                rules=stream.rules,
+                accept_uniforms=stream.uniforms.accept(start, k),
+                extra_uniforms=stream.uniforms.extra(start, k + 1),
+                trace=stream.settings.trace,
+            )
+        )
+    verdicts = pair.target.verify(jobs)
+    return [_settle(stream, verdict) for stream, verdict in zip(streams, verdicts, strict=True)]
+
+
+def decode(pair: Pair, stream: Stream) -> Iterator[Round]:
+    """Run rounds until the answer ends. The conversation must hold the prompt (`read_prompt`)."""
+    finished = stream.remaining_tokens < 1
+    while not finished:
+        outcome = run_round(pair, [stream])[0]
+        finished = outcome.finish_reason is not None
+        yield outcome
+
+
+def _propose(pair: Pair, streams: Sequence[Stream]) -> list[Proposal]:
+    proposals = [NO_PROPOSAL] * len(streams)
+    if pair.draft is None:
+        return proposals
+    jobs: dict[int, ProposeJob] = {}
+    for index, stream in enumerate(streams):
+        conversation, k = stream.conversation, draft_budget(stream)
+        if k > 0 and conversation.draft_cache is not None:
+            jobs[index] = ProposeJob(
+                cache=conversation.draft_cache,
+                unread=conversation.tokens[conversation.draft_cache.position :],
+                num_draft_tokens=k,
+                rules=stream.rules,
+                uniforms=stream.uniforms.draft(stream.emitted_tokens, k),
+            )
+    if jobs:
+        for index, proposal in zip(jobs, pair.draft.propose(list(jobs.values())), strict=True):
+            proposals[index] = proposal
+    return proposals
+
+
+def _settle(stream: Stream, verdict: Verdict) -> Round:
+    """Append what was emitted, cut at EOS, and trim both caches to it."""
+    tokens, drafted = verdict.tokens, len(verdict.drafted_tokens)
+    accepted, finish_reason = verdict.accepted_tokens, None
+    for index, token in enumerate(tokens):
+        if token in stream.settings.eos_token_ids:
+            finish_reason = FinishReason.STOP
+            tokens = tokens[: index + 1]
+            if index < accepted:
+                # The text ended inside the guesses: those behind its end were right or wrong about nothing.
+                accepted = drafted = index + 1
+            break
+    stream.conversation.tokens.extend(tokens)
+    stream.emitted_tokens += len(tokens)
+    stream.conversation.settle(len(stream.conversation.tokens))
+    if finish_reason is None and stream.remaining_tokens < 1:
+        finish_reason = FinishReason.LENGTH
+    return Round(
+        tokens=tokens,
+        kinds=verdict.kinds[: len(tokens)],
+        drafted_tokens=drafted,
+        accepted_tokens=accepted,
+        alphas=verdict.alphas[:drafted],
+        finish_reason=finish_reason,
+        trace=verdict.trace,
+    )

@@ -1,0 +1,154 @@
+"""One text in the making: its tokens, what the caches hold of them, and the rules it is decoded by.
+
+Contract: between rounds the target's cache holds every token but the last, and the draft's cache a prefix
+of that. Must not know how a round works, nor any text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from draftloop.backends.base import PrefillJob
+from draftloop.errors import ContextFull
+from draftloop.speculation.uniforms import Uniforms
+from draftloop.types import Rules, Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from draftloop.backends.base import Cache, Model
+
+PREFILL_CHUNK_TOKENS = 256
+"""A prompt is read in pieces of this size, so that progress shows and a cancelled request ends soon."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The two models. Without a draft the target decodes alone."""
+
+    target: Model
+    draft: Model | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSettings:
+    """How one answer is decoded.
+
+    Attributes:
+        sampling: applies to p and q alike.
+        max_tokens: at most so many are emitted, EOS included.
+        min_tokens: an answer has at least so many, EOS included; 1 means no minimum.
+        eos_token_ids: any of them ends the answer.
+        num_draft_tokens: K, the cap of each round; 0 asks the target alone.
+        seed: fixes every random choice.
+        trace: whether each round carries the target's top tokens.
+    """
+
+    sampling: Sampling
+    max_tokens: int
+    eos_token_ids: frozenset[int]
+    num_draft_tokens: int
+    seed: int
+    min_tokens: int = 1
+    trace: bool = False
+
+
+class Conversation:
+    """The caches of one conversation and the tokens that it consists of. Kept across turns."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.tokens: list[int] = []
+        self.target_cache: Cache = pair.target.new_cache()
+        self.draft_cache: Cache | None = pair.draft.new_cache() if pair.draft else None
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest text, prompt and answer together: the target's `max_kv_cache_tokens`."""
+        return self.target_cache.max_tokens
+
+    def settle(self, num_tokens: int) -> None:
+        """Make the text `num_tokens` long and forget what the caches hold beyond it."""
+        del self.tokens[num_tokens:]
+        for cache in (self.target_cache, self.draft_cache):
+            if cache is not None:
+                cache.trim(max(0, cache.position - max(0, num_tokens - 1)))
+
+
+class Stream:
+    """One answer being decoded in a conversation."""
+
+    def __init__(self, conversation: Conversation, settings: DecodeSettings) -> None:
+        self.conversation = conversation
+        self.settings = settings
+        self.uniforms = Uniforms(settings.seed)
+        self.emitted_tokens = 0
+
+    @property
+    def remaining_tokens(self) -> int:
+        """How many tokens may still be emitted, by `max_tokens` and by the cache's cap."""
+        room = self.conversation.max_tokens - len(self.conversation.tokens)
+        return min(self.settings.max_tokens - self.emitted_tokens, room)
+
+    @property
+    def rules(self) -> Rules:
+        """Warping and masks for the coming rows."""
+        return Rules(
+            sampling=self.settings.sampling,
+            masked_ids=tuple(sorted(self.settings.eos_token_ids)),
+            masked_rows=max(0, self.settings.min_tokens - 1 - self.emitted_tokens),
+        )
+
+
+def check_fits(prompt_tokens: int, max_tokens: int) -> None:
+    """Refuse a prompt that is empty or leaves no room for an answer in `max_tokens` of cache.
+
+    Raises:
+        ContextFull: with both numbers.
+    """
+    if prompt_tokens < 1:
+        raise ContextFull("the prompt has no tokens", remedy="Write a prompt.")
+    if prompt_tokens >= max_tokens:
+        raise ContextFull(
+            f"the prompt has {prompt_tokens} tokens and max_kv_cache_tokens is {max_tokens}",
+            remedy="Shorten the prompt or raise models.target.max_kv_cache_tokens.",
+        )
+
+
+def read_prompt(pair: Pair, conversation: Conversation, prompt: Sequence[int]) -> Iterator[int]:
+    """Bring both caches to `prompt`, reusing the beginning they already hold.
+
+    The target reads all but the last token. The draft reads along as far as its own cap allows; where
+    it cannot follow, the target goes on alone.
+
+    Yields:
+        How many of the prompt's tokens the target's cache holds, after each piece.
+
+    Raises:
+        ContextFull: the prompt leaves no room for an answer.
+    """
+    check_fits(len(prompt), conversation.max_tokens)
+    shared = _common_prefix(conversation.tokens, prompt)
+    conversation.settle(min(shared + 1, len(prompt), len(conversation.tokens)))
+    conversation.tokens = list(prompt)
+    models = [(pair.target, conversation.target_cache)]
+    if pair.draft is not None and conversation.draft_cache is not None:
+        models.append((pair.draft, conversation.draft_cache))
+    end = len(prompt) - 1
+    yield conversation.target_cache.position
+    for start in range(min(cache.position for _, cache in models), end, PREFILL_CHUNK_TOKENS):
+        stop = min(start + PREFILL_CHUNK_TOKENS, end)
+        for model, cache in models:
+            piece = prompt[cache.position : min(stop, cache.max_tokens)]
+            if piece:
+                model.prefill([PrefillJob(cache, piece)])
+        yield conversation.target_cache.position
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    length = 0
+    for left, right in zip(a, b, strict=False):
+        if left != right:
+            break
+        length += 1
+    return length

@@ -1,0 +1,126 @@
+"""The nouns that every layer shares: plain frozen data, no framework arrays, no behaviour to speak of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+TRACE_TOP_TOKENS = 32
+"""How many of the target's most likely tokens a trace keeps at each position."""
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended, in the words of the OpenAI API."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class TokenKind(StrEnum):
+    """How an emitted token came to be."""
+
+    ACCEPTED = "accepted"
+    RECOVERED = "recovered"
+    BONUS = "bonus"
+    TARGET = "target"
+    """The target alone: the round had no draft."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How logits become a distribution: temperature, then top-k, top-p, min-p (the order of transformers).
+
+    Attributes:
+        temperature: 0 means greedy: the distribution is a point mass on the argmax.
+        top_p: nucleus (Holtzman et al. 2020); 1 switches it off.
+        top_k: keep the k most likely; 0 switches it off.
+        min_p: drop what is below min_p times the most likely; 0 switches it off.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the distribution is a point mass."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What turns one sequence's logits into p, and in the same way into q.
+
+    Attributes:
+        sampling: the warping.
+        masked_ids: tokens with no probability in the first `masked_rows` rows (EOS while
+            `min_tokens` is not reached).
+        masked_rows: how many of the coming rows are masked, counted from the next token.
+    """
+
+    sampling: Sampling
+    masked_ids: tuple[int, ...] = ()
+    masked_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What the target said at the emitted positions of one round, at temperature 1 and unmasked.
+
+    `R` is the number of emitted tokens (accepted ones and the extra one).
+
+    Attributes:
+        top_ids: [R, 32] int32, the target's most likely tokens, most likely first.
+        top_logprobs: [R, 32] float32, their natural log-probabilities.
+        tail_mass: [R] float32, the probability of everything else.
+        draft_ids: [R] int32, what the draft proposed there; -1 where it proposed nothing.
+        draft_probs: [R] float32, q of that token after warping; 0 where nothing was proposed.
+    """
+
+    top_ids: NDArray[np.int32]
+    top_logprobs: NDArray[np.float32]
+    tail_mass: NDArray[np.float32]
+    draft_ids: NDArray[np.int32]
+    draft_probs: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one verification decided.
+
+    Attributes:
+        drafted_tokens: the proposal as the host sees it, K ids.
+        accepted_tokens: m, how many of them were kept.
+        extra_token: the recovered, bonus or target token after them.
+        alphas: Σ_x min(p(x), q(x)) at each *tested* position: min(m + 1, K) values. A position after
+            the first rejection is untested: its context is not the text.
+        trace: what the target said at the m + 1 emitted positions, where it was asked for.
+    """
+
+    drafted_tokens: tuple[int, ...]
+    accepted_tokens: int
+    extra_token: int
+    alphas: tuple[float, ...]
+    trace: Trace | None = field(default=None, compare=False)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """What the round emits: the accepted draft tokens and the extra one."""
+        return (*self.drafted_tokens[: self.accepted_tokens], self.extra_token)
+
+    @property
+    def kinds(self) -> tuple[TokenKind, ...]:
+        """The kind of each emitted token."""
+        if not self.drafted_tokens:
+            extra = TokenKind.TARGET
+        elif self.accepted_tokens == len(self.drafted_tokens):
+            extra = TokenKind.BONUS
+        else:
+            extra = TokenKind.RECOVERED
+        return (*(TokenKind.ACCEPTED for _ in range(self.accepted_tokens)), extra)

@@ -1,0 +1,56 @@
+"""The conformance suite runs every test of this folder on every backend that is installed, on the processor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from draftloop.backends.registry import BACKENDS, is_installed, open_backend
+from draftloop.speculation.stream import Pair
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from draftloop.backends.base import Backend, Model
+
+CACHE_TOKENS = 128
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each backend in turn; skipped only where its framework is not installed."""
+    if not is_installed(request.param):
+        pytest.skip(f"{request.param} is not installed")
+    return open_backend(request.param, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def reference() -> Backend:
+    """The NumPy backend, which the others are held to."""
+    return open_backend("numpy", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def load_toy(toy_folder: Callable[..., Path]) -> Callable[..., Model]:
+    """`load_toy(backend, **options)`: one toy with a cache of 128 tokens."""
+
+    def load(backend: Backend, **options: Any) -> Model:
+        return backend.load(toy_folder(**options), max_kv_cache_tokens=CACHE_TOKENS)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def load_pair(toy_pair: Callable[..., tuple[Path, Path]]) -> Callable[..., Pair]:
+    """`load_pair(backend, **options)`: a toy target and its draft."""
+
+    def load(backend: Backend, **options: Any) -> Pair:
+        target, draft = toy_pair(**options)
+        return Pair(
+            target=backend.load(target, max_kv_cache_tokens=CACHE_TOKENS),
+            draft=backend.load(draft, max_kv_cache_tokens=CACHE_TOKENS),
+        )
+
+    return load

@@ -1,0 +1,40 @@
+"""Fixtures for every test: toy models, written once a session and shared. Treat the folders as read-only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import toys
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`toy_folder(**options)`: the folder of one toy (`toys.write_toy_folder`)."""
+    written: dict[str, Path] = {}
+
+    def write(**options: Any) -> Path:
+        key = repr(sorted(options.items()))
+        if key not in written:
+            written[key] = toys.write_toy_folder(tmp_path_factory.mktemp("toy"), **options)
+        return written[key]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def toy_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """`toy_pair(**options)`: the folders of a target and its draft (`toys.write_toy_pair`)."""
+    written: dict[str, tuple[Path, Path]] = {}
+
+    def write(**options: Any) -> tuple[Path, Path]:
+        key = repr(sorted(options.items()))
+        if key not in written:
+            written[key] = toys.write_toy_pair(tmp_path_factory.mktemp("pair"), **options)
+        return written[key]
+
+    return write
