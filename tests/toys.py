@@ -9,7 +9,7 @@ formats only: no backend, no framework but numpy.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -63,8 +63,6 @@ class Toy:
     dtype: str = "float32"
     rope_scaling: dict[str, Any] | None = None
     max_position_tokens: int = 4096
-    padding_logits: bool = field(default=False)
-    """Whether padding ids (past the tokenizer's) may be likely; a real model's never are."""
 
     @property
     def width(self) -> int:
@@ -124,8 +122,7 @@ def _random_tensors(toy: Toy) -> Tensors:
     hidden, q, kv = toy.hidden_size, toy.num_heads * toy.width, toy.num_kv_heads * toy.width
     head = normal(toy.vocab_size, hidden, LOGIT_SPREAD)
     head[TOKENIZER_SIZE - 3 : TOKENIZER_SIZE] *= 0.5
-    if not toy.padding_logits:
-        head[TOKENIZER_SIZE:] = 0
+    head[TOKENIZER_SIZE:] = 0
     tensors: Tensors = {"model.embed_tokens.weight": head}
     if not toy.tied:
         tensors["lm_head.weight"] = head

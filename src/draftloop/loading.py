@@ -71,7 +71,15 @@ def load_engine(config: Config, progress: Progress | None = None, *, with_draft:
         progress: shows downloads and conversions.
         with_draft: False loads the target alone (`--no-speculation`).
     """
-    prepared = prepare(config, progress)
+    return load_prepared(config, prepare(config, progress), with_draft=with_draft)
+
+
+def load_prepared(config: Config, prepared: Prepared, *, with_draft: bool = True) -> Engine:
+    """Load the models of a prepared pair, for those who look at it first (`generate` checks its prompts).
+
+    Raises:
+        MemoryPlanError: the pair does not fit into this machine.
+    """
     prepared.plan.check_generation()
     backend, started_s = prepared.backend, time.perf_counter()
     target = backend.load(

@@ -1,7 +1,8 @@
-"""The conformance suite runs every test of this folder on every backend that is installed, on the processor."""
+"""Every test of this folder runs on every backend that is installed, on the processor."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,7 +11,7 @@ from draftloop.backends.registry import BACKENDS, is_installed, open_backend
 from draftloop.speculation.stream import Pair
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from draftloop.backends.base import Backend, Model
@@ -19,11 +20,26 @@ CACHE_TOKENS = 128
 
 
 @pytest.fixture(scope="session", params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Backend:
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each backend in turn; skipped only where its framework is not installed."""
     if not is_installed(request.param):
         pytest.skip(f"{request.param} is not installed")
-    return open_backend(request.param, device="cpu")
+    with _one_thread(request.param):
+        yield open_backend(request.param, device="cpu")
+
+
+@contextmanager
+def _one_thread(name: str) -> Iterator[None]:
+    """A toy's matrices are so small that PyTorch's threads cost more than they bring."""
+    if name != "torch":
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

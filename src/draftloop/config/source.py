@@ -126,7 +126,7 @@ def read_override(text: str) -> dict[str, Entry]:
     value = value.strip()
     if key in known and _is_text(key) and value not in ("", "~", "null") and value[0] not in "\"'":
         return {key: Entry(value, origin)}
-    node = _compose(value, origin, f"--set {key}={value}")
+    node = _compose(value, origin, f"--set {key}={_shortened(value)}")
     if key in known:
         return {key: Entry(None if node is None else _value(node, origin), origin)}
     if not isinstance(node, yaml.MappingNode):
@@ -242,13 +242,10 @@ def _value(node: yaml.Node, origin: Origin) -> Any:
 
 
 def _unknown(key: str, origin: Origin) -> ConfigError:
-    prefix, _, last = key.rpartition(".")
-    same_name = [k for k in leaf_fields() if k.rpartition(".")[2] == last]
-    near = difflib.get_close_matches(key, same_name, n=1, cutoff=0.0) or difflib.get_close_matches(
-        key, [*leaf_fields(), *_sections()], n=1, cutoff=0.6
-    )
+    prefix, _, _ = key.rpartition(".")
+    near = _nearest(key)
     if near:
-        remedy = f"The nearest known key is {near[0]}."
+        remedy = f"The nearest known key is {near}."
     else:
         start = f"{prefix}." if prefix in _sections() else ""
         known = dict.fromkeys(
@@ -256,6 +253,20 @@ def _unknown(key: str, origin: Origin) -> ConfigError:
         )
         remedy = f"Known {f'in {prefix}' if start else 'at the top'}: {', '.join(known)}."
     return ConfigError(f"{_shortened(key)} ({origin}) is not a setting", remedy=remedy)
+
+
+def _nearest(key: str) -> str | None:
+    """The known key that was meant: by its last name in the same section, then anywhere, then by its path."""
+    prefix, _, last = key.rpartition(".")
+    known = [*leaf_fields(), *sorted(_sections())]
+    siblings = [k for k in known if k.rpartition(".")[0] == prefix]
+    for candidates, cutoff in ((siblings, 0.75), (known, 0.6)):
+        names = [k.rpartition(".")[2] for k in candidates]
+        for name in difflib.get_close_matches(last, names, n=1, cutoff=cutoff):
+            same_name = [k for k in candidates if k.rpartition(".")[2] == name]
+            return difflib.get_close_matches(key, same_name, n=1, cutoff=0.0)[0]
+    paths = [] if prefix in _sections() else difflib.get_close_matches(key, known, n=1)
+    return paths[0] if paths else None
 
 
 def _section_expected(key: str, got: str, origin: Origin) -> ConfigError:

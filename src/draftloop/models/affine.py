@@ -47,11 +47,13 @@ def encode_blocks(blocks: NDArray[np.uint8], kind: str) -> AffineRows:
         NotImplementedError: the gguf package cannot dequantize `kind`.
     """
     affine = _AFFINE_KINDS.get(kind)
-    if affine is not None:
+    # Damaged blocks may hold infinities; they reach the scales and biases, where the caller looks.
+    with np.errstate(invalid="ignore", over="ignore"):
+        if affine is None:
+            return encode_dense(dequantize_blocks(blocks, kind))
         rows = blocks.shape[0]
         codes, scales, biases = affine(blocks)
         return _pack(codes.reshape(rows, -1, GROUP_SIZE), scales.reshape(rows, -1), biases.reshape(rows, -1))
-    return encode_dense(dequantize_blocks(blocks, kind))
 
 
 def dequantize_blocks(blocks: NDArray[np.uint8], kind: str) -> NDArray[np.float32]:
@@ -93,8 +95,8 @@ def encode_dense(weights: NDArray[np.float32]) -> AffineRows:
         best_scale, best_bias = np.where(better, scale, best_scale), np.where(better, bias, best_bias)
     scale = _nonzero(_rounded(best_scale))
     bias = _rounded(best_bias)
-    codes = _codes(groups, scale, bias).astype(np.uint8)
-    return _pack(codes.reshape(rows, -1, GROUP_SIZE), scale.reshape(rows, -1), bias.reshape(rows, -1))
+    nibbles: NDArray[np.uint8] = _codes(groups, scale, bias).astype(np.uint8)
+    return _pack(nibbles.reshape(rows, -1, GROUP_SIZE), scale.reshape(rows, -1), bias.reshape(rows, -1))
 
 
 def decode(rows: AffineRows) -> NDArray[np.float32]:
@@ -102,10 +104,13 @@ def decode(rows: AffineRows) -> NDArray[np.float32]:
     shifts = np.arange(CODES_PER_WORD, dtype=np.uint32) * BITS
     codes = ((rows.weight[..., None] >> shifts) & MAX_CODE).reshape(*rows.scales.shape, GROUP_SIZE)
     scales, biases = rows.scales.astype(np.float32), rows.biases.astype(np.float32)
-    return (codes * scales[..., None] + biases[..., None]).astype(np.float32).reshape(rows.scales.shape[0], -1)
+    values: NDArray[np.float32] = (codes * scales[..., None] + biases[..., None]).astype(np.float32)
+    return values.reshape(rows.scales.shape[0], -1)
 
 
-def _codes(groups: NDArray[np.float32], scale: NDArray[np.float32], bias: NDArray[np.float32]) -> NDArray[np.float32]:
+def _codes(
+    groups: NDArray[np.float32], scale: NDArray[np.float32], bias: NDArray[np.float32]
+) -> NDArray[np.float32]:
     codes = groups - bias[:, None]
     codes *= (1 / scale)[:, None]
     np.rint(codes, out=codes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -22,12 +23,11 @@ from draftloop.models.gguf_tokenizer import write_tokenizer
 from draftloop.models.safetensors_file import SafetensorsWriter, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from draftloop.models.progress import Progress
+    from draftloop.models.progress import Progress, Task
 
 CONVERTER_VERSION = 1
 """Raised when the result of a conversion changes, so that older folders in caches are not used."""
@@ -51,7 +51,9 @@ def convert_gguf(path: Path, folder: Path, progress: Progress) -> None:
     """
     gguf = read_gguf(path)
     if _EMBEDDING not in gguf.tensors:
-        raise ModelUnreadable(f"{path} has no {_EMBEDDING}", remedy="Choose a GGUF file of a whole language model.")
+        raise ModelUnreadable(
+            f"{path} has no {_EMBEDDING}", remedy="Choose a GGUF file of a whole language model."
+        )
     tied = _is_tied(gguf)
     config = hf_config(gguf.metadata, gguf.tensors, tied=tied, rope_factors=_rope_factors(gguf))
     quantization = {"group_size": GROUP_SIZE, "bits": BITS}
@@ -73,10 +75,10 @@ def convert_gguf(path: Path, folder: Path, progress: Progress) -> None:
         SafetensorsWriter(folder / "model.safetensors", specs) as writer,
         ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool,
     ):
+        work = _Work(gguf=gguf, config=config, pool=pool, task=task)
         for name, tensor in sources.items():
-            for part, values in _encoded(gguf, name, tensor, config, pool).items():
+            for part, values in _encoded(work, name, tensor).items():
                 writer.write(part, values)
-            task.advance(tensor.num_bytes)
 
 
 def converted_bytes(path: Path) -> int:
@@ -101,7 +103,8 @@ def _is_tied(gguf: GgufFile) -> bool:
     if head.shape != embedding.shape:
         return False
     first, second = (
-        dequantize_blocks(next(gguf.row_blocks(tensor, _SAMPLE_ROWS)), tensor.kind) for tensor in (head, embedding)
+        dequantize_blocks(next(gguf.row_blocks(tensor, _SAMPLE_ROWS)), tensor.kind)
+        for tensor in (head, embedding)
     )
     return bool(np.linalg.norm(first - second) < _SAME_MATRIX_ERROR * np.linalg.norm(first))
 
@@ -122,7 +125,8 @@ def _sources(gguf: GgufFile, *, tied: bool) -> dict[str, GgufTensor]:
 def _refuse_odd_width(path: Path, tensor: GgufTensor) -> None:
     if len(tensor.shape) > 2:
         raise ModelUnreadable(
-            f"{path}: {tensor.name} has {len(tensor.shape)} dimensions", remedy="Choose a dense language model."
+            f"{path}: {tensor.name} has {len(tensor.shape)} dimensions",
+            remedy="Choose a dense language model.",
         )
     if len(tensor.shape) == 2 and tensor.shape[1] % GROUP_SIZE:
         raise ModelUnreadable(
@@ -143,15 +147,25 @@ def _specs(name: str, tensor: GgufTensor) -> dict[str, TensorSpec]:
     }
 
 
-def _encoded(
-    gguf: GgufFile, name: str, tensor: GgufTensor, config: dict[str, Any], pool: ThreadPoolExecutor
-) -> dict[str, NDArray[Any]]:
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What encoding a tensor needs beside the tensor."""
+
+    gguf: GgufFile
+    config: dict[str, Any]
+    pool: ThreadPoolExecutor
+    task: Task
+
+
+def _encoded(work: _Work, name: str, tensor: GgufTensor) -> dict[str, NDArray[Any]]:
+    gguf = work.gguf
     try:
         if len(tensor.shape) == 1:
             values = dequantize_blocks(next(gguf.row_blocks(tensor, 1)), tensor.kind)[0]
-            parts: dict[str, NDArray[Any]] = {name: _unrotated(name, values, config).astype(ml_dtypes.bfloat16)}
+            parts = {name: _unrotated(name, values, work.config).astype(ml_dtypes.bfloat16)}
+            work.task.advance(tensor.num_bytes)
         else:
-            parts = _encoded_matrix(gguf, name, tensor, config, pool)
+            parts = _encoded_matrix(work, name, tensor)
     except NotImplementedError as error:
         raise ModelUnreadable(
             f"{gguf.path}: the type {tensor.kind} of {tensor.name} is not supported",
@@ -160,21 +174,22 @@ def _encoded(
     for values in parts.values():
         if values.dtype != np.uint32 and not np.isfinite(values.astype(np.float32)).all():
             raise ModelUnreadable(
-                f"{gguf.path}: {tensor.name} holds values that are not finite", remedy="Download the file again."
+                f"{gguf.path}: {tensor.name} holds values that are not finite",
+                remedy="Download the file again.",
             )
     return parts
 
 
-def _encoded_matrix(
-    gguf: GgufFile, name: str, tensor: GgufTensor, config: dict[str, Any], pool: ThreadPoolExecutor
-) -> dict[str, NDArray[Any]]:
-    rows_per_block = max(1, _CHUNK_VALUES // tensor.shape[1])
-    blocks: Iterator[NDArray[np.uint8]] = gguf.row_blocks(tensor, rows_per_block)
-    done = list(pool.map(lambda block: encode_blocks(block, tensor.kind), blocks))
+def _encoded_matrix(work: _Work, name: str, tensor: GgufTensor) -> dict[str, NDArray[Any]]:
+    blocks = work.gguf.row_blocks(tensor, rows_per_block=max(1, _CHUNK_VALUES // tensor.shape[1]))
+    done = []
+    for rows in work.pool.map(lambda block: encode_blocks(block, tensor.kind), blocks):
+        done.append(rows)
+        work.task.advance(len(rows.weight) * (tensor.num_bytes // tensor.shape[0]))
     module = name.removesuffix(".weight")
 
     def joined(field: str) -> NDArray[Any]:
-        return _unrotated(name, np.concatenate([getattr(rows, field) for rows in done]), config)
+        return _unrotated(name, np.concatenate([getattr(rows, field) for rows in done]), work.config)
 
     return {f"{module}.{field}": joined(field) for field in AffineRows.__dataclass_fields__}
 

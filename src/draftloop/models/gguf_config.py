@@ -54,7 +54,11 @@ def hf_name(gguf_name: str) -> str:
 
 
 def hf_config(
-    metadata: Mapping[str, Any], tensor_names: Collection[str], *, tied: bool, rope_factors: NDArray[np.float32] | None
+    metadata: Mapping[str, Any],
+    tensor_names: Collection[str],
+    *,
+    tied: bool,
+    rope_factors: NDArray[np.float32] | None,
 ) -> dict[str, Any]:
     """The `config.json` of a dense bf16 model; the caller adds the quantization.
 
@@ -81,7 +85,7 @@ def hf_config(
             "tie_word_embeddings": tied,
         }
         scaling = _rope_scaling(metadata, architecture, config, rope_factors)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ModelUnreadable(f"the GGUF file lacks or misstates {error}", remedy=_REMEDY) from error
     if scaling:
         config["rope_scaling"] = scaling
@@ -90,7 +94,9 @@ def hf_config(
 
 def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """`generation_config.json`: every token that ends an answer."""
-    config: dict[str, Any] = {f"{name}_token_id": i for name, i in special_ids(metadata).items() if name != "unk"}
+    config: dict[str, Any] = {
+        f"{name}_token_id": i for name, i in special_ids(metadata).items() if name != "unk"
+    }
     ends = end_token_ids(metadata)
     if ends:
         config["eos_token_id"] = ends
@@ -123,7 +129,10 @@ def _shapes(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any]:
 
 
 def _rope_scaling(
-    metadata: Mapping[str, Any], architecture: str, config: Mapping[str, Any], factors: NDArray[np.float32] | None
+    metadata: Mapping[str, Any],
+    architecture: str,
+    config: Mapping[str, Any],
+    factors: NDArray[np.float32] | None,
 ) -> dict[str, Any] | None:
     kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if factors is not None:

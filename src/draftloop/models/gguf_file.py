@@ -98,8 +98,10 @@ def read_gguf(path: Path) -> GgufFile:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(path, data)
     except OSError as error:
-        raise ModelUnreadable(f"{path} cannot be read: {error}", remedy="Check the file's permissions.") from error
-    except (struct.error, UnicodeDecodeError, OverflowError) as error:
+        raise ModelUnreadable(
+            f"{path} cannot be read: {error}", remedy="Check the file's permissions."
+        ) from error
+    except (struct.error, ArithmeticError, TypeError, ValueError, RecursionError) as error:
         raise ModelUnreadable(f"{path} is truncated or corrupt ({error})", remedy=_REMEDY) from error
 
 

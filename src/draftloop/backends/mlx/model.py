@@ -102,7 +102,7 @@ class MlxModel:
         """Append tokens to each job's cache. The output head is never computed: nobody asks for it."""
         with mx.stream(self._device):
             for job in batch:
-                self._forward(job.cache, mx.array(list(job.tokens), mx.int32))
+                self._forward(job.cache, _ids(job.tokens))
             mx.eval([layer.state for job in batch for layer in cast("MlxCache", job.cache).layers])
 
     def propose(self, batch: Sequence[ProposeJob]) -> list[Proposal]:
@@ -125,7 +125,7 @@ class MlxModel:
     def logits(self, cache: Cache, tokens: Sequence[int]) -> Floats:
         """Append tokens [T] and return their logits [T, V]."""
         with mx.stream(self._device):
-            return np.array(self._forward(cache, mx.array(list(tokens), mx.int32)).astype(mx.float32))
+            return np.array(self._forward(cache, _ids(tokens)).astype(mx.float32))
 
     def _forward(self, cache: Cache, tokens: mx.array) -> mx.array:
         """Append tokens [T] int32 to a cache: logits [T, V], in the model's own dtype.
@@ -140,7 +140,7 @@ class MlxModel:
 
     def _propose(self, job: ProposeJob) -> Proposal:
         rules, uniforms = job.rules, mx.array(job.uniforms)
-        coming = mx.array(list(job.unread), mx.int32)
+        coming = _ids(job.unread)
         tokens, rows = [], []
         for i in range(job.num_draft_tokens):
             logits = self._forward(job.cache, coming)[-1:]
@@ -165,8 +165,8 @@ class MlxModel:
         rules, proposal = job.rules, job.proposal
         tokens = proposal.tokens
         if not isinstance(tokens, mx.array):
-            tokens = mx.array(list(tokens), mx.int32)
-        logits = self._forward(job.cache, mx.concatenate([mx.array([job.last], mx.int32), tokens]))
+            tokens = _ids(tokens)
+        logits = self._forward(job.cache, mx.concatenate([_ids([job.last]), tokens]))
         p = warp(mask(logits, rules.masked_ids, rules.masked_rows), rules.sampling)
         decision = accept(p, proposal.q, tokens, mx.array(job.accept_uniforms), mx.array(job.extra_uniforms))
         part = [
@@ -178,6 +178,10 @@ class MlxModel:
             *(top_tokens(logits) if job.trace else ()),
         ]
         return [array.astype(mx.float32).reshape(-1) for array in part]
+
+
+def _ids(tokens: Sequence[int]) -> mx.array:
+    return mx.array(np.asarray(tokens, np.int32))
 
 
 def _verdict(part: Sequence[Floats], k: int) -> Verdict:

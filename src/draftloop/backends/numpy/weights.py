@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, deserialize
+import safetensors
 
 from draftloop.errors import ModelUnreadable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -55,9 +56,10 @@ def read_weights(folder: Path, quantization: Quantization | None) -> dict[str, F
 
 
 def _read_file(file: Path) -> dict[str, NDArray[Any]]:
+    parse: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = safetensors.deserialize
     try:
-        entries = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]
-    except (OSError, SafetensorError) as error:
+        entries = parse(file.read_bytes())
+    except (OSError, safetensors.SafetensorError) as error:
         raise ModelUnreadable(f"{file} cannot be read: {error}", remedy="Pull the model again.") from error
     tensors = {}
     for name, entry in entries:

@@ -32,7 +32,7 @@ class TorchModel:
     """One loaded decoder."""
 
     def __init__(self, decoder: Decoder, num_bytes: int, max_tokens: int, device: torch.device) -> None:
-        self._decoder = decoder
+        self.decoder = decoder
         self._num_bytes = num_bytes
         self._max_tokens = max_tokens
         self._device = device
@@ -40,7 +40,7 @@ class TorchModel:
     @property
     def architecture(self) -> Architecture:
         """See `Model`."""
-        return self._decoder.architecture
+        return self.decoder.architecture
 
     @property
     def weight_bytes(self) -> int:
@@ -49,7 +49,7 @@ class TorchModel:
 
     def new_cache(self) -> TorchCache:
         """See `Model`."""
-        return TorchCache(self.architecture, self._max_tokens, self._decoder.dtype, self._device)
+        return TorchCache(self.architecture, self._max_tokens, self.decoder.dtype, self._device)
 
     @torch.inference_mode()
     def prefill(self, batch: Sequence[PrefillJob]) -> None:
@@ -70,7 +70,7 @@ class TorchModel:
     @torch.inference_mode()
     def logits(self, cache: Cache, tokens: Sequence[int]) -> NDArray[np.float32]:
         """See `Model`."""
-        host: NDArray[np.float32] = self._decoder.head(self._forward(cache, self._ids(tokens))).cpu().numpy()
+        host: NDArray[np.float32] = self.decoder.head(self._forward(cache, self._ids(tokens))).cpu().numpy()
         return host
 
     def _propose(self, job: ProposeJob) -> Proposal:
@@ -80,7 +80,7 @@ class TorchModel:
         rows: list[torch.Tensor] = []
         ids = self._ids(job.unread)
         for step in range(job.num_draft_tokens):
-            logits = self._decoder.head(self._forward(job.cache, ids)[-1:])
+            logits = self.decoder.head(self._forward(job.cache, ids)[-1:])
             logits = mask(logits, job.rules, first_row=step)
             if sampling.greedy:
                 ids = logits.argmax(dim=-1)
@@ -95,7 +95,7 @@ class TorchModel:
         if job.proposal.num_tokens:
             guesses = job.proposal.tokens
             ids = torch.cat((ids, guesses if isinstance(guesses, torch.Tensor) else self._ids(guesses)))
-        return verdict_of(self._decoder.head(self._forward(job.cache, ids)), job)
+        return verdict_of(self.decoder.head(self._forward(job.cache, ids)), job)
 
     def _ids(self, tokens: Sequence[int]) -> torch.Tensor:
         return torch.tensor(list(tokens), dtype=torch.long).to(self._device, non_blocking=True)
@@ -103,7 +103,7 @@ class TorchModel:
     def _forward(self, cache: Cache, ids: torch.Tensor) -> torch.Tensor:
         if not isinstance(cache, TorchCache):
             raise TypeError(f"a cache of {type(cache).__name__} does not belong to this model")
-        return self._decoder.forward(cache, ids)
+        return self.decoder.forward(cache, ids)
 
 
 class TorchBackend:
@@ -157,7 +157,8 @@ class TorchBackend:
                 f"dtype {architecture.dtype} is not supported",
                 remedy=f"Choose a checkpoint in {', '.join(_DTYPES)}.",
             )
-        # CPUs have fast paths for bfloat16 only, and so has CUDA's int4 kernel.
-        if dtype is torch.float16 and (self._device.type == "cpu" or architecture.quantization):
+        on_cpu = self._device.type == "cpu"
+        # CPUs have fast paths for bfloat16 only; CUDA's int4 kernel computes in nothing else.
+        if (on_cpu and dtype is torch.float16) or (not on_cpu and architecture.quantization is not None):
             return torch.bfloat16
         return dtype

@@ -21,7 +21,8 @@ _ROW_MULTIPLE = 16
 """The kernels take rows by the 16 (CPU) or by the 8 (CUDA); the rest is padded."""
 _CPU_BLOCK_ROWS = 4
 """The CPU kernel reads the weights once for up to four rows of input."""
-_CUDA_INNER_K_TILES = 8
+_CUDA_K_TILES = (8, 4, 2)
+"""How many tiles of 16 inputs the CUDA layout interleaves; the kernel asks for a divisor of the width."""
 
 
 class Linear(Protocol):
@@ -146,7 +147,8 @@ def _pack(codes: torch.Tensor, device: torch.device) -> torch.Tensor:
     """[N, in] codes -> the kernel's layout, in which each 64 rows stand by themselves."""
     if device.type == "cuda":
         pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(device)
-        packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack(pairs, _CUDA_INNER_K_TILES)
+        tiles = next(tiles for tiles in _CUDA_K_TILES if codes.shape[1] % (16 * tiles) == 0)
+        packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack(pairs, tiles)
     else:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     return packed

@@ -1,0 +1,240 @@
+"""`draftloop chat`: a conversation of many turns, in a terminal or from piped lines.
+
+Contract: the history and the KV cache are kept from turn to turn; a turn that fails or is stopped leaves
+both whole. Must not know how an answer is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import typer
+
+from draftloop.cli import options
+from draftloop.cli.answer import AnswerWriter, watch
+from draftloop.cli.asking import AnswerOptions, framed, load_models, prepare_models, read_options
+from draftloop.cli.console import say, say_error
+from draftloop.cli.figures import completion_line, speed_line, total
+from draftloop.cli.prompts import read_turns
+from draftloop.errors import ContextFull, DraftloopError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from draftloop.engine import Completion, Engine
+    from draftloop.models.tokenizer import Message
+    from draftloop.types import TokenKind
+
+HELP = """\
+/stats          figures of the last answer and of the whole chat
+/clear          forget the conversation
+/system TEXT    set the system message and forget the conversation; without TEXT, show it
+/help           this list
+/quit           leave (so does Ctrl-D)
+Ctrl-C stops an answer."""
+
+
+def chat(
+    context: typer.Context,
+    *,
+    system: options.System = None,
+    max_tokens: options.MaxTokens = None,
+    min_tokens: options.MinTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    num_draft_tokens: options.NumDraftTokens = None,
+    no_speculation: options.NoSpeculation = False,
+    color: options.Color = False,
+) -> None:
+    """Talk with the pair."""
+    flags = {
+        "--max-tokens": max_tokens,
+        "--min-tokens": min_tokens,
+        "--temperature": temperature,
+        "--top-p": top_p,
+        "--top-k": top_k,
+        "--min-p": min_p,
+        "--num-draft-tokens": num_draft_tokens,
+    }
+    asked = read_options(context, flags, system=system, stop=stop, seed=seed, no_speculation=no_speculation)
+    engine = load_models(asked.config, prepare_models(asked.config), with_draft=asked.with_draft)
+    loop = ChatLoop(engine, asked, AnswerWriter(color=color))
+    if sys.stdin.isatty():
+        loop.run_interactively()
+    else:
+        exit_status = loop.run_lines()
+        if exit_status:
+            raise typer.Exit(exit_status)
+
+
+class ChatLoop:
+    """One conversation: its messages, its caches, and what each answer cost."""
+
+    def __init__(self, engine: Engine, asked: AnswerOptions, writer: AnswerWriter) -> None:
+        self._engine = engine
+        self._asked = asked
+        self._writer = writer
+        self._system = asked.system
+        self._turns: list[Message] = []
+        self._conversation = engine.open_conversation()
+        self._completions: list[Completion] = []
+
+    def run_interactively(self) -> None:
+        """Read turns from a terminal until the user leaves."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # input() edits lines and remembers them once it is loaded
+        say("Write a message. /help lists the commands, Ctrl-D leaves.")
+        self._writer.legend()
+        # The second of two Ctrl-C may come at any moment, for example while the hint is written.
+        with contextlib.suppress(KeyboardInterrupt):
+            self._read_terminal()
+
+    def _read_terminal(self) -> None:
+        interrupted = False
+        while True:
+            try:
+                line = _ask()
+                interrupted = False
+                if line.strip() == "/quit":
+                    return
+                self._take_safely(line)
+            except KeyboardInterrupt:
+                say("")
+                if interrupted:
+                    return
+                interrupted = True
+                say("Ctrl-C again or Ctrl-D leaves.")
+            except EOFError:
+                say("")
+                return
+            except UnicodeDecodeError:
+                say_error("the message is not UTF-8. Write it again.")
+
+    def run_lines(self) -> int:
+        """Take each line of a piped stdin as a turn; returns the highest exit status of a failed one."""
+        exit_status = 0
+        for line in read_turns():
+            if line.strip() == "/quit":
+                break
+            exit_status = max(exit_status, self._take_safely(line))
+        return exit_status
+
+    def _take_safely(self, line: str) -> int:
+        try:
+            self._take(line.strip())
+        except DraftloopError as error:
+            remedy = "Forget the conversation with /clear, or raise models.target.max_kv_cache_tokens."
+            say_error(f"{error.what}. {remedy if isinstance(error, ContextFull) else error.remedy}")
+            if not isinstance(error, InputError):
+                # The work broke off in the middle of a round: what the caches hold is not known.
+                self._conversation = self._engine.open_conversation()
+            return error.exit_status
+        return 0
+
+    def _take(self, text: str) -> None:
+        """One line: a command, a message, or nothing."""
+        if not text:
+            return
+        command, _, rest = text.partition(" ")
+        if command == "/help":
+            say(HELP)
+        elif command == "/clear":
+            self._clear()
+            say("The conversation is forgotten.")
+        elif command == "/stats":
+            self._say_stats()
+        elif command == "/system":
+            self._set_system(rest.strip())
+        elif command.startswith("/"):
+            raise InputError(f"there is no command {command}", remedy="/help lists them.")
+        else:
+            self._answer(options.check_text(text, "the message"))
+
+    def _answer(self, text: str) -> None:
+        from draftloop.models.tokenizer import Message
+
+        turns = [*self._turns, Message("user", text)]
+        tokens = self._engine.tokenizer.chat_tokens(framed(self._system, turns))
+        said: list[str] = []
+
+        def show(piece: str, kind: TokenKind) -> None:
+            said.append(piece)
+            self._writer.text(piece, kind)
+
+        with _interrupt_as_flag() as stop_wanted:
+            events = self._engine.stream(self._asked.request(tokens), self._conversation)
+            completion = watch(events, show, stop_wanted.is_set)
+        self._writer.end()
+        if completion is None and not said:
+            say("(stopped before a word; your message is forgotten)")
+            return
+        self._turns = [*turns, Message("assistant", "".join(said))]
+        if completion is None:
+            say("(stopped)")
+        else:
+            self._completions.append(completion)
+            self._say_if_cut(completion)
+
+    def _say_if_cut(self, completion: Completion) -> None:
+        from draftloop.types import FinishReason
+
+        if completion.finish_reason is not FinishReason.LENGTH:
+            return
+        used, cap = len(self._conversation.tokens), self._conversation.max_tokens
+        if used >= cap:
+            say(f"(cut: the KV cache is full with {used} tokens; /clear forgets the conversation)")
+        else:
+            say(f"(cut at generation.max_tokens = {self._asked.config.generation.max_tokens})")
+
+    def _set_system(self, text: str) -> None:
+        if not text:
+            say(f"system message: {self._system or '(none)'}")
+            return
+        self._system = options.check_text(text, "the system message")
+        self._clear()
+        say("The system message is set and the conversation is forgotten.")
+
+    def _clear(self) -> None:
+        self._turns = []
+        self._conversation = self._engine.open_conversation()
+
+    def _say_stats(self) -> None:
+        if not self._completions:
+            say("There is no finished answer yet.")
+            return
+        threshold = self._asked.config.speculative.acceptance_threshold
+        tally, speed = total(self._completions)
+        count = len(self._completions)
+        answers = f"{count} answer{'s' if count > 1 else ''} · {tally.completion_tokens} tokens"
+        cache = self._conversation.target_cache
+        say(f"last answer  {completion_line(self._completions[-1], threshold)}")
+        say(f"whole chat   {answers} · {speed_line(tally, speed, threshold)}")
+        say(f"KV cache     {cache.position} of {cache.max_tokens} tokens")
+
+
+def _ask() -> str:
+    """The next line from the terminal; the prompt sign stays out of a piped stdout."""
+    if sys.stdout.isatty():
+        return input("> ")
+    sys.stderr.write("> ")
+    sys.stderr.flush()
+    return input()
+
+
+@contextlib.contextmanager
+def _interrupt_as_flag() -> Iterator[threading.Event]:
+    """Ctrl-C sets the flag inside the block, so that it never ends a model's forward pass midway."""
+    flag = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: flag.set())
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,97 @@
+"""Where output goes: answers to stdout, everything else to stderr, colours on terminals only.
+
+Contract: text for stdout reaches it byte for byte. Must not know models or settings.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
+    from rich.table import Table
+
+PIPE_WIDTH = 500
+"""Columns of a table that no terminal shows: wide enough that nothing is cut."""
+
+
+def out_console() -> Console:
+    """A console on stdout for tables."""
+    return _console(to_stderr=False)
+
+
+def err_console() -> Console:
+    """A console on stderr for progress and notes."""
+    return _console(to_stderr=True)
+
+
+def write(text: str) -> None:
+    """Write `text` to stdout as it is, now."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write_json(values: Mapping[str, Any]) -> None:
+    """Write one JSON object, the only thing on stdout. NaN is no JSON and raises ValueError."""
+    write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def say(text: str) -> None:
+    """Write one line to stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def say_error(text: str) -> None:
+    """Write one line that begins with `error:` to stderr, whatever the text holds."""
+    say(f"error: {' '.join(text.splitlines())}")
+
+
+def new_table(*columns: str) -> Table:
+    """A plain table: no frame, a line under its head. A column whose name ends in ` >` is right-aligned."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for column in columns:
+        right = column.endswith(" >")
+        table.add_column(column.removesuffix(" >"), justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def configure_logging(level: str) -> None:
+    """Show the program's own log from `level` on, on stderr; `DEBUG` includes tracebacks."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LineFormatter())
+    logger = logging.getLogger("draftloop")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+
+
+class _LineFormatter(logging.Formatter):
+    """`note: …` for what a user should know, with the module's name where a developer reads along."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        word = "note" if record.levelno == logging.INFO else record.levelname.lower()
+        where = f" {record.name}:" if record.levelno < logging.INFO else ""
+        line = f"{word}:{where} {record.getMessage()}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def _console(*, to_stderr: bool) -> Console:
+    from rich.console import Console
+
+    class OurConsole(Console):
+        def on_broken_pipe(self) -> None:
+            """Let `main` decide what a reader that went away means, in one place."""
+            raise BrokenPipeError
+
+    console = OurConsole(stderr=to_stderr, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console

@@ -1,0 +1,196 @@
+"""`draftloop generate`: answer one prompt, or each prompt of a file.
+
+Contract: stdout holds the answers, or with `--json` exactly one object; flags, prompts and files are checked
+before a model is loaded. Must not know how an answer is made.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from draftloop.cli import options
+from draftloop.cli.answer import AnswerWriter, watch
+from draftloop.cli.asking import AnswerOptions, framed, load_models, prepare_models, read_options
+from draftloop.cli.console import say, write, write_json
+from draftloop.cli.figures import (
+    completion_figures,
+    completion_line,
+    setup_figures,
+    speed_line,
+    summary_figures,
+    total,
+)
+from draftloop.cli.progress import counting
+from draftloop.cli.prompts import THE_PROMPT, Prompt, read_prompt, read_prompts
+from draftloop.errors import ContextFull
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from draftloop.engine import Completion, Engine, Request
+    from draftloop.models.tokenizer import Tokenizer
+
+PromptArgument = Annotated[
+    str | None, typer.Argument(metavar="PROMPT", help="The prompt; - or nothing reads stdin.")
+]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option("--prompts", metavar="FILE", help="Many prompts: JSONL, or plain text, one a line."),
+]
+Raw = Annotated[bool, typer.Option("--raw", help="Go on with the text as it is: no chat template.")]
+Stats = Annotated[
+    bool | None,
+    typer.Option("--stats/--no-stats", help="Figures on stderr. Default: yes, but not with --json."),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class _Display:
+    """What is shown, and how."""
+
+    as_json: bool
+    stats: bool
+    color: bool
+
+
+def generate(
+    context: typer.Context,
+    prompt: PromptArgument = None,
+    *,
+    prompts_file: PromptsFile = None,
+    system: options.System = None,
+    raw: Raw = False,
+    max_tokens: options.MaxTokens = None,
+    min_tokens: options.MinTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    num_draft_tokens: options.NumDraftTokens = None,
+    no_speculation: options.NoSpeculation = False,
+    as_json: options.AsJson = False,
+    stats: Stats = None,
+    color: options.Color = False,
+) -> None:
+    """Answer a prompt, or each prompt of a file."""
+    options.refuse_together({"PROMPT": prompt, "--prompts": prompts_file}, "Give one of them.")
+    options.refuse_together({"--raw": raw, "--system": system is not None}, "--raw uses no chat template.")
+    options.refuse_together({"--json": as_json, "--color": color}, "JSON has no colours.")
+    flags = {
+        "--max-tokens": max_tokens,
+        "--min-tokens": min_tokens,
+        "--temperature": temperature,
+        "--top-p": top_p,
+        "--top-k": top_k,
+        "--min-p": min_p,
+        "--num-draft-tokens": num_draft_tokens,
+    }
+    asked = read_options(context, flags, system=system, stop=stop, seed=seed, no_speculation=no_speculation)
+    prompts = [read_prompt(prompt)] if prompts_file is None else read_prompts(prompts_file)
+    prepared = prepare_models(asked.config)
+    requests = [_request(asked, prepared.tokenizer, prompt, raw=raw) for prompt in prompts]
+    engine = load_models(asked.config, prepared, with_draft=asked.with_draft)
+    display = _Display(as_json, not as_json if stats is None else stats, color)
+    if prompts_file is None:
+        _answer_one(engine, asked, requests[0], display)
+    else:
+        _answer_all(engine, asked, prompts, requests, display)
+
+
+def _request(asked: AnswerOptions, tokenizer: Tokenizer, prompt: Prompt, *, raw: bool) -> Request:
+    """The prompt's tokens, known to fit."""
+    from draftloop.models.tokenizer import Message
+    from draftloop.speculation.stream import check_fits
+
+    if raw:
+        tokens = tokenizer.encode(prompt.text)
+    else:
+        system = asked.system if prompt.system is None else prompt.system
+        tokens = tokenizer.chat_tokens(framed(system, [Message("user", prompt.text)]))
+    try:
+        check_fits(len(tokens), asked.config.models.target.max_kv_cache_tokens)
+    except ContextFull as error:
+        if prompt.where == THE_PROMPT:
+            raise
+        raise ContextFull(f"{prompt.where}: {error.what}", remedy=error.remedy) from None
+    return asked.request(tokens)
+
+
+def _answer_one(engine: Engine, asked: AnswerOptions, request: Request, display: _Display) -> None:
+    if display.as_json:
+        completion = engine.complete(request)
+        write_json({**completion_figures(completion), **_setup(engine, asked)})
+    else:
+        completion = _shown_live(engine, request, AnswerWriter(color=display.color))
+    if display.stats:
+        say(completion_line(completion, asked.config.speculative.acceptance_threshold))
+
+
+def _answer_all(
+    engine: Engine,
+    asked: AnswerOptions,
+    prompts: Sequence[Prompt],
+    requests: Sequence[Request],
+    display: _Display,
+) -> None:
+    live = sys.stdout.isatty() and not display.as_json
+    writer = AnswerWriter(color=display.color)
+    completions: list[Completion] = []
+    with counting("answering", len(prompts), shown=not live) as counter:
+        for number, (prompt, request) in enumerate(zip(prompts, requests, strict=True), start=1):
+            if live:
+                say(f"{'' if number == 1 else chr(10)}── {number} of {len(prompts)}: {_title(prompt)}")
+                completions.append(_shown_live(engine, request, writer))
+            else:
+                completions.append(engine.complete(request))
+            if not (live or display.as_json):
+                _write_block(completions[-1].text, first=number == 1)
+            counter.advance()
+    if display.as_json:
+        results = [_named(prompt, done) for prompt, done in zip(prompts, completions, strict=True)]
+        summary = {"prompts": len(prompts), **summary_figures(completions), **_setup(engine, asked)}
+        write_json({**summary, "results": results})
+    if display.stats:
+        tally, speed = total(completions)
+        line = speed_line(tally, speed, asked.config.speculative.acceptance_threshold)
+        say(f"{len(prompts)} prompts · {tally.completion_tokens} tokens · {line}")
+
+
+def _shown_live(engine: Engine, request: Request, writer: AnswerWriter) -> Completion:
+    writer.legend()
+    completion = watch(engine.stream(request), writer.text)
+    if completion is None:
+        raise RuntimeError("a stream ended without its completion")
+    writer.end()
+    return completion
+
+
+def _write_block(text: str, *, first: bool) -> None:
+    """Answers in a pipe: an empty line between two."""
+    write(("" if first else "\n") + text + ("" if text.endswith("\n") else "\n"))
+
+
+def _title(prompt: Prompt) -> str:
+    name = prompt.where if prompt.id is None else str(prompt.id)
+    first_line = prompt.text.strip().splitlines()[0]
+    return f"{name}: {first_line if len(first_line) <= 60 else first_line[:59] + '…'}"
+
+
+def _named(prompt: Prompt, completion: Completion) -> dict[str, Any]:
+    names = {"id": prompt.id, "task": prompt.task}
+    return {
+        **{key: value for key, value in names.items() if value is not None},
+        **completion_figures(completion),
+    }
+
+
+def _setup(engine: Engine, asked: AnswerOptions) -> dict[str, Any]:
+    backend = engine.backend.capabilities().backend
+    return setup_figures(asked.config, backend, with_draft=asked.with_draft)

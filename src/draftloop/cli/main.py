@@ -1,0 +1,129 @@
+"""The program: global options, the commands, and what a failure looks like.
+
+Contract: exit status 0 done, 1 the work failed, 2 wrong input, 130 interrupted, 141 the reader went away;
+a failure is one line on stderr. Commands import what is heavy when they run, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path  # noqa: TC003  # typer reads annotations when it runs
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from draftloop.cli import chat, config, demo, doctor, generate, models
+from draftloop.cli.console import say, say_error, write
+from draftloop.cli.options import GlobalOptions
+from draftloop.errors import DraftloopError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+INTERRUPTED, READER_GONE = 130, 141
+"""What a shell reports of a program that SIGINT or SIGPIPE ended."""
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Run the command in `sys.argv` and leave with its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character gets a mark for it, not a crash.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns its exit status. Nothing is raised but SystemExit by the interpreter."""
+    try:
+        command = typer.main.get_command(build_app())
+        with command.make_context("draftloop", list(arguments)) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except DraftloopError as error:
+        say_error(str(error))
+        logger.debug("where it was raised", exc_info=error.exit_status == 1)
+        return error.exit_status
+    except typer.TyperException as error:
+        say_error(_usage(error.format_message(), arguments))
+        return 2
+    except KeyboardInterrupt:
+        say("")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit; there must be somewhere to flush to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    except Exception as error:
+        say_error(
+            f"unexpected {type(error).__name__}: {error}. "
+            "Run with --set logging.level=DEBUG for the traceback."
+        )
+        logger.debug("where it was raised", exc_info=True)
+        return 1
+    return 0
+
+
+def build_app() -> typer.Typer:
+    """The tree of commands."""
+    app = typer.Typer(
+        help="Speculative decoding with a local pair of models: a draft guesses, the target decides.",
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    app.callback(invoke_without_command=True)(_global_options)
+    app.command("generate")(generate.generate)
+    app.command("chat")(chat.chat)
+    app.command("demo")(demo.demo)
+    app.command("doctor")(doctor.doctor)
+    app.add_typer(models.build_app(), name="models")
+    app.add_typer(config.build_app(), name="config")
+    return app
+
+
+def _global_options(
+    context: typer.Context,
+    config_files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="Settings; may be repeated, a later file wins. Default: configs/config.yaml.",
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override one setting, as in speculative.temperature=0; may be repeated.",
+        ),
+    ] = None,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    context.obj = GlobalOptions(tuple(config_files or ()), tuple(overrides or ()))
+    if version:
+        from importlib.metadata import version as version_of
+
+        write(f"draftloop {version_of('draftloop')}\n")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        write(context.get_help() + "\n")
+        raise typer.Exit
+
+
+def _usage(message: str, arguments: Sequence[str]) -> str:
+    """A usage error in the form of every other error, with the remedy that fits."""
+    message = message.rstrip(".")
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    option = message.partition("No such option: ")[2].partition(" ")[0]
+    if command and option in ("--config", "--set", "--version"):
+        remedy = "Global options stand before the command: draftloop --config FILE generate"
+        return f"No such option here: {option}. {remedy}."
+    return f"{message}. See draftloop {command} --help." if command else f"{message}. See draftloop --help."

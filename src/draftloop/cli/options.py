@@ -1,0 +1,172 @@
+"""The options that commands share, and the way from options to settings.
+
+Contract: a flag that stands for a setting is checked by that setting's own rule. Must not know models.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping  # noqa: TC003  # typer reads annotations when it runs
+from dataclasses import dataclass, field
+from pathlib import Path  # noqa: TC003
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from draftloop.cli.console import configure_logging
+from draftloop.errors import ConfigError, InputError, PromptError
+
+if TYPE_CHECKING:
+    from draftloop.config import Config, LoadedConfig
+    from draftloop.types import Sampling
+
+logger = logging.getLogger(__name__)
+
+FLAG_KEYS: Mapping[str, str] = {
+    "--max-tokens": "generation.max_tokens",
+    "--min-tokens": "generation.min_tokens",
+    "--temperature": "speculative.temperature",
+    "--top-p": "speculative.top_p",
+    "--top-k": "speculative.top_k",
+    "--min-p": "speculative.min_p",
+    "--num-draft-tokens": "speculative.num_draft_tokens",
+}
+"""The setting that each flag overrides for one command."""
+
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", metavar="N", help="Longest answer. [generation.max_tokens]")
+]
+MinTokens = Annotated[
+    int | None,
+    typer.Option("--min-tokens", metavar="N", help="Shortest answer. [generation.min_tokens]"),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temperature", metavar="T", help="0 is greedy. [speculative.temperature]"),
+]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", metavar="P", help="Nucleus sampling. [speculative.top_p]")
+]
+TopK = Annotated[
+    int | None,
+    typer.Option("--top-k", metavar="K", help="Only the K likeliest tokens; 0: all. [speculative.top_k]"),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option("--min-p", metavar="P", help="Drop tokens below P times the likeliest. [speculative.min_p]"),
+]
+NumDraftTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--num-draft-tokens",
+        metavar="K",
+        help="Tokens a round may draft. [speculative.num_draft_tokens]",
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", min=0, help="Same seed, same answer. Default: a new one."),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="End the answer before TEXT; may be repeated."),
+]
+System = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help="System message. [chat.system_message]")
+]
+NoSpeculation = Annotated[bool, typer.Option("--no-speculation", help="The target model alone.")]
+Color = Annotated[bool, typer.Option("--color", help="Show accepted draft tokens in another colour.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalOptions:
+    """What stands before the command: settings files and `--set` overrides, in order."""
+
+    config_files: tuple[Path, ...] = ()
+    overrides: tuple[str, ...] = field(default=())
+
+
+def load_settings(context: typer.Context, flags: Mapping[str, float | None] | None = None) -> LoadedConfig:
+    """Read the settings with the command's flags over them; let `logging.level` act; say the notices.
+
+    Args:
+        context: of the command; carries the global options.
+        flags: values by flag (a key of `FLAG_KEYS`); None means not given.
+
+    Raises:
+        ConfigError: names the flag or the key.
+    """
+    from draftloop.config import load_config
+
+    options: GlobalOptions = context.find_object(GlobalOptions) or GlobalOptions()
+    given = {flag: value for flag, value in (flags or {}).items() if value is not None}
+    overrides = [*options.overrides, *(f"{FLAG_KEYS[flag]}={value}" for flag, value in given.items())]
+    try:
+        loaded = load_config(options.config_files, overrides)
+    except ConfigError as error:
+        raise _naming_the_flag(error, given) from None
+    configure_logging(loaded.config.logging.level)
+    for notice in loaded.notices:
+        logger.info(notice)
+    return loaded
+
+
+def sampling_of(config: Config) -> Sampling:
+    """How logits become a distribution, from the settings."""
+    from draftloop.types import Sampling
+
+    speculative = config.speculative
+    return Sampling(
+        temperature=speculative.temperature,
+        top_p=speculative.top_p,
+        top_k=speculative.top_k,
+        min_p=speculative.min_p,
+    )
+
+
+def check_text(text: str, what: str) -> str:
+    """Return `text` when it is UTF-8: an argument may carry any bytes.
+
+    Raises:
+        PromptError: naming `what` ("the prompt").
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{what} is not UTF-8 (character {error.start + 1})", remedy="Write it as UTF-8."
+        ) from None
+    return text
+
+
+def check_stops(stops: list[str] | None) -> tuple[str, ...]:
+    """The stop strings.
+
+    Raises:
+        InputError: one is empty.
+        PromptError: one is not UTF-8.
+    """
+    for stop in stops or []:
+        if not stop:
+            raise InputError("--stop is empty", remedy="Give it the text before which the answer ends.")
+        check_text(stop, "--stop")
+    return tuple(stops or ())
+
+
+def refuse_together(given: Mapping[str, Any], why: str) -> None:
+    """Refuse options that contradict each other: more than one of `given` is set.
+
+    Raises:
+        InputError: names the first two.
+    """
+    names = [name for name, value in given.items() if value]
+    if len(names) > 1:
+        raise InputError(f"{names[0]} and {names[1]} contradict each other", remedy=why)
+
+
+def _naming_the_flag(error: ConfigError, given: Mapping[str, float]) -> ConfigError:
+    for flag in given:
+        if error.what.startswith(f"{FLAG_KEYS[flag]} = "):
+            return ConfigError(error.what.replace("(--set)", f"({flag})", 1), remedy=error.remedy)
+    return error

