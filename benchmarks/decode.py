@@ -73,7 +73,9 @@ def step_overhead_ms(model: TorchModel, context_tokens: int = 128) -> tuple[floa
     return statistics.median(steps), statistics.median(beyond)
 
 
-def serve_llama_cpp(pipe: Connection, target: str, draft: str | None, num_draft_tokens: int, threads: int) -> None:
+def serve_llama_cpp(
+    pipe: Connection, target: str, draft: str | None, num_draft_tokens: int, threads: int
+) -> None:
     """Answer chats with llama.cpp until the pipe closes: [prompt, max_tokens] in, its timings out."""
     import xllamacpp
 
@@ -104,7 +106,13 @@ class LlamaCpp:
         self._pipe, child = context.Pipe()
         self._process = context.Process(
             target=serve_llama_cpp,
-            args=(child, str(target), str(draft) if draft else None, num_draft_tokens, torch.get_num_threads()),
+            args=(
+                child,
+                str(target),
+                str(draft) if draft else None,
+                num_draft_tokens,
+                torch.get_num_threads(),
+            ),
             daemon=True,
         )
         self._process.start()
@@ -122,7 +130,9 @@ class LlamaCpp:
         self._process.join()
 
 
-def our_tokens_per_s(engine: Engine, messages: Sequence[Message], max_tokens: int, k: int) -> tuple[float, Any]:
+def our_tokens_per_s(
+    engine: Engine, messages: Sequence[Message], max_tokens: int, k: int
+) -> tuple[float, Any]:
     """Decode one prompt greedily; also the tally."""
     completion = engine.complete(
         Request(
@@ -138,7 +148,9 @@ def our_tokens_per_s(engine: Engine, messages: Sequence[Message], max_tokens: in
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, default=Path("configs/offline.yaml"))
     parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "prompts.jsonl")
     parser.add_argument("--max-tokens", type=int, default=64)
@@ -184,11 +196,15 @@ def gguf_of(name: str) -> Path:
 
 def report(engine: Engine, speeds: dict[str, list[float]], taus: dict[str, list[float]]) -> None:
     """Print the tables."""
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     for name, values in speeds.items():
         ratios = [ours / base for ours, base in zip(values, speeds["target"], strict=True)]
         tau = f", tau {statistics.mean(taus[name]):.2f}" if taus[name] else ""
-        print(f"{name:22} {statistics.median(values):6.2f} tok/s, {statistics.median(ratios):.2f} of target alone{tau}")
+        print(
+            f"{name:22} {statistics.median(values):6.2f} tok/s, {statistics.median(ratios):.2f} of target alone{tau}"
+        )
     for role, model in (("target", engine.pair.target), ("draft", engine.pair.draft)):
         step, beyond = step_overhead_ms(model)  # type: ignore[arg-type]
         print(f"{role}: decode step {step:.1f} ms, {beyond:.1f} ms of it beyond the matrix products")

@@ -237,6 +237,10 @@ class _Answer:
     def rest(self) -> Iterator[TextPiece]:
         """The text that was held back for a stop string or a character that never came."""
         yield from self._show(self._stream.finish())
+        if self._stream.stopped:
+            self.finish_reason = FinishReason.STOP
+            # A stop string may be noticed a token late, where characters are spread over tokens.
+            del self.token_ids[self._stream.tokens_used :]
 
     def _show(self, text: str) -> Iterator[TextPiece]:
         if text:

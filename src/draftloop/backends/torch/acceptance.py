@@ -30,7 +30,7 @@ def mask(logits: torch.Tensor, rules: Rules, first_row: int = 0) -> torch.Tensor
     if rows < 1 or not rules.masked_ids:
         return logits
     masked = logits.clone()
-    masked[:rows, list(rules.masked_ids)] = -torch.inf
+    masked[:rows, [token for token in rules.masked_ids if token < logits.shape[1]]] = -torch.inf
     return masked
 
 
@@ -78,11 +78,14 @@ def decide(
 ) -> Decision:
     """Leviathan et al. 2023, Algorithm 1: p [K+1, V], q [K, V] or None (point masses), tokens [K]."""
     k = len(tokens)
-    guesses = tokens.unsqueeze(1)
-    p_guess = p[:k].gather(1, guesses).squeeze(1)
+    # An id past the vocabulary (the other model's padding) has no probability, and nothing to remove.
+    guesses = tokens.clamp(max=p.shape[1] - 1).unsqueeze(1)
+    at_guess = p[:k].gather(1, guesses)
+    outside = (tokens >= p.shape[1]).unsqueeze(1)
+    p_guess = at_guess.masked_fill(outside, 0.0).squeeze(1)
     if q is None:
         kept = accept_uniforms < p_guess
-        residual = p[:k].scatter(1, guesses, 0.0)
+        residual = p[:k].scatter(1, guesses, torch.where(outside, at_guess, 0.0))
         alphas = p_guess
     else:
         kept = accept_uniforms * q.gather(1, guesses).squeeze(1) < p_guess
@@ -177,13 +180,14 @@ def _trace_parts(logits: torch.Tensor, tokens: torch.Tensor, q: torch.Tensor | N
     top = logprobs.topk(min(TRACE_TOP_TOKENS, logits.shape[1]), dim=-1)
     tail = (1.0 - top.values.double().exp().sum(dim=-1)).clamp_(min=0.0)
     guessed = torch.ones_like(tail[:-1]) if q is None else q.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    return [top.indices, top.values, tail, guessed]
+    missing = (0, TRACE_TOP_TOKENS - top.indices.shape[1])
+    ids = torch.nn.functional.pad(top.indices, missing, value=-1)
+    return [ids, torch.nn.functional.pad(top.values, missing, value=-torch.inf), tail, guessed]
 
 
 def _trace_of(host: NDArray[np.float64], tokens: NDArray[np.float64], accepted: int) -> Trace:
     """Cut the flat array that `_trace_parts` became: the rows of the emitted positions."""
-    k, rows = len(tokens), accepted + 1
-    width = (len(host) - (k + 1) - k) // (2 * (k + 1))
+    k, rows, width = len(tokens), accepted + 1, TRACE_TOP_TOKENS
     split = (k + 1) * width
     ids, logprobs = host[:split].reshape(k + 1, width), host[split : 2 * split].reshape(k + 1, width)
     tail, guessed = host[2 * split : 2 * split + k + 1], host[2 * split + k + 1 :]

@@ -93,7 +93,8 @@ class Decoder:
         """Read `tokens` [T]; the last norm's output, [T, D] in the activation dtype."""
         span = self._span(cache.position, len(tokens), tokens.device)
         cache.advance(len(tokens))
-        x = self.weights.embedding(tokens)
+        # The draft may propose an id of its own padding; the target then reads its last row and rejects it.
+        x = self.weights.embedding(tokens.clamp(max=self.architecture.vocab_size - 1))
         for layer, values in zip(self.weights.layers, cache.values, strict=True):
             x += self._attention(layer, values, self._norm(x, layer.input_norm), span)
             gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)

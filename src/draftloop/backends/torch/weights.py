@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from draftloop.backends.architecture import Architecture
+    from draftloop.backends.architecture import Architecture, Quantization
 
 
 class Embedding(Protocol):
@@ -107,10 +107,22 @@ class TensorFolder:
         tensor: torch.Tensor = shard.get_tensor(name)
         return tensor
 
-    def affine(self, module: str) -> AffineWeight:
-        """A quantized module's three tensors, its words viewed as int32."""
-        words = self[f"{module}.weight"]
-        return AffineWeight(words.view(torch.int32), self[f"{module}.scales"], self[f"{module}.biases"])
+    def shaped(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor that must have this shape."""
+        tensor = self[name]
+        if tuple(tensor.shape) != shape:
+            raise ModelUnreadable(
+                f"{self.folder}: {name} is {list(tensor.shape)}, config.json needs {list(shape)}",
+                remedy="Pull the model again.",
+            )
+        return tensor
+
+    def affine(self, module: str, shape: tuple[int, int], quantization: Quantization) -> AffineWeight:
+        """A quantized [out, in] module's three tensors, its words viewed as int32."""
+        out, groups = shape[0], shape[1] // quantization.group_size
+        words = self.shaped(f"{module}.weight", (out, shape[1] * quantization.bits // 32))
+        scales, biases = (self.shaped(f"{module}.{part}", (out, groups)) for part in ("scales", "biases"))
+        return AffineWeight(words.view(torch.int32), scales, biases)
 
 
 class WeightLoader:
@@ -128,7 +140,7 @@ class WeightLoader:
     def load(self) -> Weights:
         """Read and pack every layer."""
         layers = tuple(self._layer(index) for index in range(self.architecture.num_layers))
-        tied = self.architecture.tied_embeddings and "lm_head.weight" not in self.tensors
+        tied = self.architecture.tied_embeddings
         head = self._linear(["model.embed_tokens" if tied else "lm_head"])
         embedding = self._embedding()
         linears = [m for layer in layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)]
@@ -136,17 +148,19 @@ class WeightLoader:
         return Weights(
             embedding=embedding,
             layers=layers,
-            final_norm=self._norm("model.norm"),
+            final_norm=self._norm("model.norm", self.architecture.hidden_size),
             head=head,
             num_bytes=sum(m.num_bytes for m in (*linears, head)) + table,
         )
 
     def _embedding(self) -> Embedding:
+        name, shape = "model.embed_tokens", self._shape("model.embed_tokens")
         if self.architecture.quantization is None:
-            return DenseEmbedding(self.tensors["model.embed_tokens.weight"].to(self.device, self.dtype))
+            weight = self.tensors.shaped(f"{name}.weight", shape)
+            return DenseEmbedding(weight.to(self.device, self.dtype))
         # A mapping of its own: the loader's is dropped with the pages it touched, this one grows by
         # the rows that are looked up.
-        table = TensorFolder(self.folder).affine("model.embed_tokens")
+        table = TensorFolder(self.folder).affine(name, shape, self.architecture.quantization)
         if self.device.type != "cpu":
             table = AffineWeight(*(t.to(self.device) for t in (table.weight, table.scales, table.biases)))
         return AffineEmbedding(table)
@@ -154,28 +168,43 @@ class WeightLoader:
     def _layer(self, index: int) -> Layer:
         prefix = f"model.layers.{index}"
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        hidden, width = self.architecture.hidden_size, self.architecture.head_dim
         qk_norm = self.architecture.qk_norm
         return Layer(
-            input_norm=self._norm(f"{prefix}.input_layernorm"),
+            input_norm=self._norm(f"{prefix}.input_layernorm", hidden),
             qkv=self._linear([f"{attention}.{name}_proj" for name in "qkv"]),
-            q_norm=self._norm(f"{attention}.q_norm") if qk_norm else None,
-            k_norm=self._norm(f"{attention}.k_norm") if qk_norm else None,
+            q_norm=self._norm(f"{attention}.q_norm", width) if qk_norm else None,
+            k_norm=self._norm(f"{attention}.k_norm", width) if qk_norm else None,
             output=self._linear([f"{attention}.o_proj"]),
-            post_norm=self._norm(f"{prefix}.post_attention_layernorm"),
+            post_norm=self._norm(f"{prefix}.post_attention_layernorm", hidden),
             gate_up=self._linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"]),
             down=self._linear([f"{mlp}.down_proj"]),
         )
 
-    def _norm(self, module: str) -> torch.Tensor:
-        return self.tensors[f"{module}.weight"].to(self.device, torch.float32)
+    def _shape(self, module: str) -> tuple[int, int]:
+        """[out, in] of a linear module, by the last part of its name; the embedding's is [V, D]."""
+        table = (self.architecture.vocab_size, self.architecture.hidden_size)
+        return self.architecture.linear_shapes.get(module.rpartition(".")[2], table)
+
+    def _norm(self, module: str, width: int) -> torch.Tensor:
+        return self.tensors.shaped(f"{module}.weight", (width,)).to(self.device, torch.float32)
 
     def _linear(self, modules: Sequence[str]) -> Linear:
+        shapes = [self._shape(module) for module in modules]
         bias = None
         if f"{modules[0]}.bias" in self.tensors:
-            bias = torch.cat([self.tensors[f"{m}.bias"] for m in modules]).to(self.device, self.dtype)
+            biases = [
+                self.tensors.shaped(f"{m}.bias", shape[:1]) for m, shape in zip(modules, shapes, strict=True)
+            ]
+            bias = torch.cat(biases).to(self.device, self.dtype)
         quantization = self.architecture.quantization
-        if quantization is None:
-            rows = [self.tensors[f"{m}.weight"].to(self.device, self.dtype) for m in modules]
-            return DenseLinear(torch.cat(rows) if len(rows) > 1 else rows[0], bias)
-        parts = [self.tensors.affine(m) for m in modules]
-        return int4_linear(parts, bias, quantization.group_size, self.dtype, self.device)
+        if quantization is not None:
+            parts = [
+                self.tensors.affine(m, shape, quantization) for m, shape in zip(modules, shapes, strict=True)
+            ]
+            return int4_linear(parts, bias, quantization.group_size, self.dtype, self.device)
+        rows = [
+            self.tensors.shaped(f"{m}.weight", shape).to(self.device, self.dtype)
+            for m, shape in zip(modules, shapes, strict=True)
+        ]
+        return DenseLinear(torch.cat(rows) if len(rows) > 1 else rows[0], bias)
