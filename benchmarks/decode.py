@@ -196,15 +196,12 @@ def gguf_of(name: str) -> Path:
 
 def report(engine: Engine, speeds: dict[str, list[float]], taus: dict[str, list[float]]) -> None:
     """Print the tables."""
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name, values in speeds.items():
         ratios = [ours / base for ours, base in zip(values, speeds["target"], strict=True)]
         tau = f", tau {statistics.mean(taus[name]):.2f}" if taus[name] else ""
-        print(
-            f"{name:22} {statistics.median(values):6.2f} tok/s, {statistics.median(ratios):.2f} of target alone{tau}"
-        )
+        ratio = statistics.median(ratios)
+        print(f"{name:22} {statistics.median(values):6.2f} tok/s, {ratio:.2f} of target alone{tau}")
     for role, model in (("target", engine.pair.target), ("draft", engine.pair.draft)):
         step, beyond = step_overhead_ms(model)  # type: ignore[arg-type]
         print(f"{role}: decode step {step:.1f} ms, {beyond:.1f} ms of it beyond the matrix products")

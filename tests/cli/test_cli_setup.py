@@ -10,6 +10,7 @@ from cli_runner import settings
 import models_samples
 import toys
 from draftloop.config import Config, flatten
+from draftloop.engine import Engine
 from draftloop.models import memory
 
 
@@ -187,6 +188,23 @@ def test_the_demo_compares_both_ways_of_each_prompt(draftloop, toys_on_numpy):
     total_ratio = float(rows["all"][3])
     assert ("SLOWER" in verdict) == (total_ratio <= 0.98)
     assert "num_draft_tokens = 4" in verdict
+
+
+def test_the_demo_asks_the_target_alone_and_then_the_pair_greedily(draftloop, toys_on_numpy, monkeypatch):
+    asked = []
+
+    def listen(engine, request, conversation=None):
+        asked.append(request)
+        return stream(engine, request, conversation)
+
+    stream = Engine.stream
+    monkeypatch.setattr(Engine, "stream", listen)
+    draftloop(*toys_on_numpy, "demo", "--max-tokens", 9, "--num-draft-tokens", 3)
+    assert all(request.sampling.greedy for request in asked)
+    assert [(r.num_draft_tokens, r.max_tokens) for r in asked] == [(0, 8), (3, 8)] + 3 * [(0, 9), (3, 9)]
+    prompts = [tuple(request.prompt_tokens) for request in asked[2:]]
+    assert prompts[0::2] == prompts[1::2]
+    assert len(set(prompts)) == 3
 
 
 def test_the_demo_runs_the_package_pair_unless_models_are_named(draftloop, monkeypatch):

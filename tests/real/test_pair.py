@@ -62,9 +62,8 @@ def test_speculating_says_what_the_target_says(engine: Engine, capsys: pytest.Ca
         else:
             mismatches.append((prompt, first, top_two_margin(alone, first)))
     with capsys.disabled():
-        print(
-            f"\n{len(PROMPTS) - len(mismatches)} of {len(PROMPTS)} answers identical; drafts kept: {accepted}/{drafted}"
-        )
+        same = len(PROMPTS) - len(mismatches)
+        print(f"\n{same} of {len(PROMPTS)} answers identical; drafts kept: {accepted} of {drafted}")
         for prompt, first, margin in mismatches:
             print(f"  differs at token {first}, top-2 margin {margin:.3f}: {prompt[:50]}")
     assert accepted / drafted > 0.3, "the draft is not reading the same text"

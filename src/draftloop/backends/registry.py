@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,10 @@ def open_backend(name: str = "auto", device: str = "auto") -> Backend:
             remedy=f"Run `make setup`, or `pip install 'draftloop[{chosen}]'`.",
         )
     if chosen == "torch":
+        # Threads that wait by spinning use up their time slices and are then put aside for milliseconds,
+        # hundreds of times a token: with one busy process beside them a token took ten times as long.
+        # OpenMP reads this when PyTorch loads it.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from draftloop.backends.torch.backend import TorchBackend
 
         return TorchBackend(device)
