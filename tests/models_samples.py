@@ -45,7 +45,9 @@ def q4_k_blocks(rng, rows, width):
     return blocks.reshape(rows, -1)
 
 
-def _add_metadata(writer, architecture, tokens, types):
+def _add_metadata(writer, architecture, tokens, types, alignment):
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
@@ -85,12 +87,12 @@ def _add_layer(i, architecture, matrix, vector):
     matrix(f"{own}.ffn_down", f"{hf}.mlp.down_proj", (HIDDEN, FEED_FORWARD))
 
 
-def write_gguf(path, architecture="qwen2", *, head=None, kinds=KINDS, drop=(), seed=0):
+def write_gguf(path, architecture="qwen2", *, head=None, kinds=KINDS, drop=(), seed=0, alignment=None):
     """Write a tiny model. `head`: None (tied), "same" (the embedding once more) or "own"."""
     rng = np.random.default_rng(seed)
     tokens, types = vocabulary()
     writer = gguf.GGUFWriter(str(path), architecture)
-    _add_metadata(writer, architecture, tokens, types)
+    _add_metadata(writer, architecture, tokens, types, alignment)
     sample = TinyGguf(path=path, tokens=tokens)
 
     def matrix(name, hf_name, shape, kind=None, heads=None):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
+import gguf
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
@@ -227,29 +231,112 @@ def test_a_model_that_no_backend_runs_is_refused(change, message):
         hf_config(METADATA | change, [], tied=True, rope_factors=None)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.05, 0.5, 0.99])
-def test_a_truncated_file_is_refused(tmp_path, share):
-    sample = write_gguf(tmp_path / "tiny.gguf")
-    data = sample.path.read_bytes()
-    sample.path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ModelUnreadable, match=r"tiny\.gguf (is truncated|is not a GGUF file)"):
-        converted_bytes(sample.path)
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("damage") / "tiny.gguf").path
 
 
-def test_damage_anywhere_in_the_head_is_refused_or_harmless(tmp_path):
-    sample = write_gguf(tmp_path / "tiny.gguf")
-    data = sample.path.read_bytes()
-    rng = np.random.default_rng(0)
-    refused = 0
-    for position in rng.integers(4, 9000, 60):
-        sample.path.write_bytes(
-            data[:position] + bytes(rng.integers(0, 256, 8, np.uint8)) + data[position + 8 :]
-        )
-        try:
-            converted_bytes(sample.path)
-        except ModelUnreadable:
-            refused += 1
-    assert refused > 10
+HEAD_BYTES = 6000
+"""Less than the head of the tiny file takes."""
+
+PAST_THE_FILE = (2**64 - 1, 2**63, 2**62, 2**32)
+
+
+def damaged(path, position, replacement):
+    """A copy of `path` with `replacement` written over what lies at `position`."""
+    data = bytearray(path.read_bytes())
+    data[position : position + len(replacement)] = replacement
+    copy = path.with_name("damaged.gguf")
+    copy.write_bytes(data)
+    return copy
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(tiny):
+    data = tiny.read_bytes()
+    copy = tiny.with_name("short.gguf")
+    for size in (*range(0, HEAD_BYTES, 64), *range(HEAD_BYTES, len(data), 9973), len(data) - 1):
+        copy.write_bytes(data[:size])
+        with pytest.raises(ModelUnreadable, match=r"short\.gguf is (truncated|not a GGUF file)"):
+            converted_bytes(copy)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    position=st.integers(4, HEAD_BYTES),
+    replacement=st.binary(min_size=1, max_size=8)
+    | st.sampled_from(PAST_THE_FILE).map(lambda length: length.to_bytes(8, "little")),
+)
+def test_damage_anywhere_in_the_head_is_refused_or_harmless(tiny, position, replacement):
+    with suppress(ModelUnreadable):
+        assert converted_bytes(damaged(tiny, position, replacement)) > 0
+
+
+@pytest.mark.parametrize("length", PAST_THE_FILE)
+@pytest.mark.parametrize(
+    ("key", "before_length"),
+    [
+        ("tokenizer.ggml.token_type", b"\x09\0\0\0" + b"\0\0\0\0"),  # an array of bytes
+        ("tokenizer.ggml.tokens", b"\x09\0\0\0" + b"\x08\0\0\0"),  # an array of strings
+        ("tokenizer.ggml.pre", b"\x08\0\0\0"),  # a string
+    ],
+)
+def test_a_length_that_points_past_the_end_is_refused(tiny, key, before_length, length):
+    position = tiny.read_bytes().index(key.encode()) + len(key)
+    with pytest.raises(ModelUnreadable, match="corrupt"):
+        converted_bytes(damaged(tiny, position, before_length + length.to_bytes(8, "little")))
+
+
+def test_a_tensor_whose_place_overflows_is_refused(tiny):
+    name = b"output_norm.weight"
+    position = tiny.read_bytes().index(name) + len(name) + 4 + 8 + 4
+    with pytest.raises(ModelUnreadable, match="corrupt"):
+        converted_bytes(damaged(tiny, position, (2**64 - 32).to_bytes(8, "little")))
+
+
+def test_a_key_that_is_there_twice_is_refused(tiny):
+    position = tiny.read_bytes().index(b"qwen2.context_length")
+    with pytest.raises(ModelUnreadable, match=r"general\.architecture"):
+        converted_bytes(damaged(tiny, position, b"general.architecture"))
+
+
+def test_a_head_of_endless_values_is_refused_before_it_fills_the_memory(tiny, monkeypatch):
+    monkeypatch.setattr("draftloop.models.gguf_file._MAX_VALUES", 100)
+    with pytest.raises(ModelUnreadable, match="more than 100 values"):
+        converted_bytes(tiny)
+
+
+@pytest.mark.parametrize(("version", "message"), [(9, "version 9"), (3 << 24, "corrupt")])
+def test_another_version_is_refused(tiny, version, message):
+    with pytest.raises(ModelUnreadable, match=message):
+        converted_bytes(damaged(tiny, 4, version.to_bytes(4, "little")))
+
+
+def test_a_big_endian_file_is_refused(tmp_path):
+    path = tmp_path / "big.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("token_embd.weight", np.ones((32, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelUnreadable, match="big-endian"):
+        converted_bytes(path)
+
+
+def test_an_unknown_tensor_type_is_refused(tiny):
+    name = b"output_norm.weight"
+    position = tiny.read_bytes().index(name) + len(name) + 4 + 8
+    with pytest.raises(ModelUnreadable, match="999"):
+        converted_bytes(damaged(tiny, position, (999).to_bytes(4, "little")))
+
+
+def test_another_alignment_gives_the_same_weights(tmp_path):
+    _, wide = converted(tmp_path, alignment=256)
+    (tmp_path / "usual").mkdir()
+    _, usual = converted(tmp_path / "usual")
+    wanted = weights_of(usual)
+    for name, values in weights_of(wide).items():
+        np.testing.assert_array_equal(values, wanted[name])
 
 
 def test_values_that_are_not_finite_are_refused_by_name(tmp_path):

@@ -218,7 +218,7 @@ def _quantization(config: Mapping[str, Any]) -> Quantization | None:
     mode = values.get("mode", "affine")
     if mode != "affine" or quantization.bits != 4 or quantization.group_size not in SUPPORTED_GROUP_SIZES:
         raise ModelUnreadable(
-            f"{mode} {quantization.bits}-bit weights in groups of {quantization.group_size} are not supported",
+            f"{mode} {quantization.bits}-bit weights in groups of {quantization.group_size} are unsupported",
             remedy=f"Choose affine 4-bit with a group of {', '.join(map(str, SUPPORTED_GROUP_SIZES))}.",
         )
     return quantization

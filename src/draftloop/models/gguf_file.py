@@ -106,7 +106,7 @@ def read_gguf(path: Path) -> GgufFile:
         ) from error
     except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ModelUnreadable(
-            f"{path} is truncated, corrupt or of an unknown version ({error})", remedy=_REMEDY
+            f"{path} is corrupt or of an unknown version ({error})", remedy=_REMEDY
         ) from error
     if reader.byte_order != _HOST_ORDER:
         raise ModelUnreadable(f"{path} is big-endian", remedy="Choose a little-endian file.")
@@ -140,7 +140,10 @@ def _bounded_reader(path: Path) -> GGUFReader:
             kind = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
             end = int(offset) + int(count) * kind.itemsize
             if end > len(self.data):
-                raise ValueError(f"{len(self.data)} bytes, at least {end} are needed")
+                raise ModelUnreadable(
+                    f"{path} is truncated or corrupt: {len(self.data)} bytes of at least {end}",
+                    remedy=_REMEDY,
+                )
             # Not a slice of the memory map: those take five times as long and twice the memory.
             return np.frombuffer(self.data, kind, int(count), int(offset))
 
