@@ -19,11 +19,12 @@ import resource
 import statistics
 import sys
 import time
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
 
 from draftloop.config import load_config
 from draftloop.engine import Engine, Request
@@ -43,6 +44,8 @@ OVERHEAD_STEPS = 40
 
 def step_overhead_ms(model: TorchModel, context_tokens: int = 128) -> tuple[float, float]:
     """Medians over interleaved pairs: one decode step, and what it takes beyond its matrix products."""
+    import torch
+
     decoder = model.decoder
     shapes = model.architecture
     hidden = torch.randn(1, shapes.hidden_size).to(decoder.dtype)
@@ -101,7 +104,7 @@ def serve_llama_cpp(
 class LlamaCpp:
     """llama.cpp in a child process."""
 
-    def __init__(self, target: Path, draft: Path | None, num_draft_tokens: int) -> None:
+    def __init__(self, target: Path, draft: Path | None, num_draft_tokens: int, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, child = context.Pipe()
         self._process = context.Process(
@@ -111,7 +114,7 @@ class LlamaCpp:
                 str(target),
                 str(draft) if draft else None,
                 num_draft_tokens,
-                torch.get_num_threads(),
+                threads,
             ),
             daemon=True,
         )
@@ -164,8 +167,10 @@ def main() -> None:
     contenders |= {f"speculative K={k}": k for k in arguments.num_draft_tokens}
     if not arguments.without_llama_cpp:
         target, draft = (gguf_of(name) for name in (config.models.target.name, config.models.draft.name))
-        contenders["llama.cpp"] = LlamaCpp(target, None, 0)
-        contenders["llama.cpp with draft"] = LlamaCpp(target, draft, config.speculative.num_draft_tokens)
+        threads = psutil.cpu_count(logical=False) or 1
+        contenders["llama.cpp"] = LlamaCpp(target, None, 0, threads)
+        k = config.speculative.num_draft_tokens
+        contenders["llama.cpp with draft"] = LlamaCpp(target, draft, k, threads)
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     taus: dict[str, list[float]] = {name: [] for name in contenders}
     for index, prompt in enumerate([prompts[0], *prompts]):
@@ -194,9 +199,24 @@ def gguf_of(name: str) -> Path:
     return gguf_path(package_model(name))
 
 
+def cpu_name() -> str:
+    """As /proc/cpuinfo has it, else the machine's type."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} x {len(names)}" if names else platform.machine()
+
+
+def llama_cpp_version() -> str:
+    """The package that carries llama.cpp."""
+    return f"xllamacpp {version('xllamacpp')}" if find_spec("xllamacpp") else "without llama.cpp"
+
+
 def report(engine: Engine, speeds: dict[str, list[float]], taus: dict[str, list[float]]) -> None:
     """Print the tables."""
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    capabilities = engine.backend.capabilities()
+    print(f"{cpu_name()}; {capabilities.backend} {capabilities.version} on {capabilities.device}")
+    print(f"{' '.join(sys.argv)}; {llama_cpp_version()}")
     for name, values in speeds.items():
         ratios = [ours / base for ours, base in zip(values, speeds["target"], strict=True)]
         tau = f", tau {statistics.mean(taus[name]):.2f}" if taus[name] else ""

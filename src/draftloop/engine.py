@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from draftloop.errors import InputError
 from draftloop.models.text import TextStream
@@ -106,7 +106,12 @@ class Completion:
         return tokens_per_second(len(self.token_ids), self.decode_s)
 
 
-Event = PromptProgress | TextPiece | Completion
+@dataclass(frozen=True, slots=True)
+class RoundDone:
+    """A round is over, also one that showed no text. A stream may be stopped here."""
+
+
+Event = PromptProgress | TextPiece | RoundDone | Completion
 
 
 class Engine:
@@ -141,7 +146,8 @@ class Engine:
                 request that stands alone.
 
         Yields:
-            `PromptProgress` while the prompt is read, `TextPiece`s, and one `Completion` at the end.
+            `PromptProgress` while the prompt is read, the `TextPiece`s of each round and its `RoundDone`,
+            and one `Completion` at the end.
 
         Raises:
             InputError: `max_tokens` below 1.
@@ -152,37 +158,34 @@ class Engine:
         conversation = conversation or self.open_conversation()
         started_s = time.perf_counter()
         total, cached = len(request.prompt_tokens), None
-        for done in read_prompt(self.pair, conversation, request.prompt_tokens):
-            cached = done if cached is None else cached
-            yield PromptProgress(done, total)
-        prompt_s = time.perf_counter() - started_s
-        answer = _Answer(TextStream(self.tokenizer, request.stop))
-        settings = self._decode_settings(request)
-        stream = Stream(conversation, settings)
-        decode_s, resumed_s = 0.0, time.perf_counter()
-        for outcome in decode(self.pair, stream):
-            pieces = list(answer.take(outcome))
-            # What the reader of the events does with them is not the models' time.
-            decode_s += time.perf_counter() - resumed_s
-            logger.debug("round: %d of %d drafts kept", outcome.accepted_tokens, outcome.drafted_tokens)
-            yield from pieces
-            if answer.finish_reason is not None:
-                break
-            resumed_s = time.perf_counter()
-        yield from answer.rest()
-        self._count_answer()
-        yield Completion(
-            text=answer.text,
-            token_ids=tuple(answer.token_ids),
-            finish_reason=answer.finish_reason or FinishReason.LENGTH,
-            prompt_tokens=total,
-            cached_tokens=cached or 0,
-            tally=answer.tally,
-            prompt_s=prompt_s,
-            decode_s=decode_s,
-            seed=settings.seed,
-            traces=tuple(answer.traces),
-        )
+        try:
+            for done in read_prompt(self.pair, conversation, request.prompt_tokens):
+                cached = done if cached is None else cached
+                yield PromptProgress(done, total)
+            prompt_s = time.perf_counter() - started_s
+            answer = _Answer(TextStream(self.tokenizer, request.stop))
+            settings = self._decode_settings(request)
+            decode_s, resumed_s = 0.0, time.perf_counter()
+            for outcome in decode(self.pair, Stream(conversation, settings)):
+                pieces = list(answer.take(outcome))
+                # What the reader of the events does with them is not the models' time.
+                decode_s += time.perf_counter() - resumed_s
+                logger.debug("round: %d of %d drafts kept", outcome.accepted_tokens, outcome.drafted_tokens)
+                yield from pieces
+                yield RoundDone()
+                if answer.stopped:
+                    break
+                resumed_s = time.perf_counter()
+            yield from answer.end()
+            yield answer.completion(
+                settings.seed,
+                prompt_tokens=total,
+                cached_tokens=cached or 0,
+                prompt_s=prompt_s,
+                decode_s=decode_s,
+            )
+        finally:
+            self._count_answer()
 
     def complete(self, request: Request, conversation: Conversation | None = None) -> Completion:
         """Answer one request and return its end."""
@@ -209,38 +212,54 @@ class Engine:
 
 
 class _Answer:
-    """The answer so far, as tokens and as text."""
+    """The answer so far, as rounds and as text."""
 
     def __init__(self, stream: TextStream) -> None:
-        self.tally = Tally()
         self.text = ""
-        self.token_ids: list[int] = []
-        self.traces: list[Trace] = []
-        self.finish_reason: FinishReason | None = None
+        self.rounds: list[Round] = []
+        self.stopped = False
         self._stream = stream
         self._last_kind = TokenKind.TARGET
 
     def take(self, outcome: Round) -> Iterator[TextPiece]:
         """Add one round; yields the text that can be shown."""
-        self.tally.add(outcome)
-        if outcome.trace is not None:
-            self.traces.append(outcome.trace)
-        self.finish_reason = outcome.finish_reason
+        self.rounds.append(outcome)
         for token, kind in zip(outcome.tokens, outcome.kinds, strict=True):
-            self.token_ids.append(token)
             self._last_kind = kind
             yield from self._show(self._stream.push([token]))
             if self._stream.stopped:
-                self.finish_reason = FinishReason.STOP
+                self.stopped = True
                 return
 
-    def rest(self) -> Iterator[TextPiece]:
-        """The text that was held back for a stop string or a character that never came."""
+    def end(self) -> Iterator[TextPiece]:
+        """Show the text that was held back, and cut the rounds behind a stop string.
+
+        Where characters are spread over tokens, a stop string is noticed a token late, or only here.
+        """
         yield from self._show(self._stream.finish())
-        if self._stream.stopped:
-            self.finish_reason = FinishReason.STOP
-            # A stop string may be noticed a token late, where characters are spread over tokens.
-            del self.token_ids[self._stream.tokens_used :]
+        if not self._stream.stopped:
+            return
+        kept, room = [], self._stream.tokens_used
+        for outcome in self.rounds:
+            if room > 0:
+                kept.append(outcome.cut(room))
+                room -= len(outcome.tokens)
+        self.rounds = [*kept[:-1], replace(kept[-1], finish_reason=FinishReason.STOP)]
+
+    def completion(self, seed: int, **measured: Any) -> Completion:
+        """The end of the answer, from its rounds and what was measured around them."""
+        tally = Tally()
+        for outcome in self.rounds:
+            tally.add(outcome)
+        return Completion(
+            text=self.text,
+            token_ids=tuple(token for outcome in self.rounds for token in outcome.tokens),
+            finish_reason=self.rounds[-1].finish_reason or FinishReason.LENGTH,
+            tally=tally,
+            seed=seed,
+            traces=tuple(outcome.trace for outcome in self.rounds if outcome.trace is not None),
+            **measured,
+        )
 
     def _show(self, text: str) -> Iterator[TextPiece]:
         if text:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from draftloop.backends.architecture import Architecture, read_architecture
 from draftloop.backends.registry import open_backend
 from draftloop.engine import Engine
-from draftloop.errors import ConfigError
+from draftloop.errors import ConfigError, ModelUnreadable
 from draftloop.models.memory import MemoryPlan, plan_memory
 from draftloop.models.resolve import resolve
 from draftloop.models.tokenizer import Tokenizer, check_tokenizers_agree
@@ -32,19 +32,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A pair that is known to fit together and into this machine."""
+    """Models that are known to fit together and into this machine. Without a draft: the target alone."""
 
     target_folder: Path
-    draft_folder: Path
     target: Architecture
-    draft: Architecture
+    draft_folder: Path | None
+    draft: Architecture | None
     tokenizer: Tokenizer
     backend: Backend
     plan: MemoryPlan
 
 
-def prepare(config: Config, progress: Progress | None = None) -> Prepared:
-    """Resolve both names (downloading where needed) and check everything that needs no weights.
+def prepare(config: Config, progress: Progress | None = None, *, with_draft: bool = True) -> Prepared:
+    """Resolve the names (downloading where needed) and check everything that needs no weights.
+
+    Args:
+        config: the effective settings.
+        progress: shows downloads and conversions.
+        with_draft: False leaves the draft alone (`--no-speculation`): it need not even exist.
 
     Raises:
         ModelNotFound, ModelUnreadable, TokenizerMismatch, BackendUnavailable, MemoryPlanError,
@@ -52,33 +57,26 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
     """
     backend = open_backend(config.backend, config.device)
     target_folder = resolve(config.models.target.name, progress=progress)
-    draft_folder = resolve(config.models.draft.name, progress=progress)
-    target, draft = read_architecture(target_folder), read_architecture(draft_folder)
-    _check_context("target", config.models.target.max_kv_cache_tokens, target)
-    _check_context("draft", config.models.draft.max_kv_cache_tokens, draft)
-    tokenizer = Tokenizer.load(target_folder)
-    if draft_folder != target_folder:
-        check_tokenizers_agree(tokenizer, Tokenizer.load(draft_folder))
+    target, tokenizer = _checked("target", target_folder, config.models.target.max_kv_cache_tokens)
+    draft_folder, draft = None, None
+    if with_draft:
+        draft_folder = resolve(config.models.draft.name, progress=progress)
+        draft, other = _checked("draft", draft_folder, config.models.draft.max_kv_cache_tokens)
+        check_tokenizers_agree(tokenizer, other)
     plan = plan_memory(target, draft, config, backend.capabilities().device_memory_bytes)
-    return Prepared(target_folder, draft_folder, target, draft, tokenizer, backend, plan)
+    return Prepared(target_folder, target, draft_folder, draft, tokenizer, backend, plan)
 
 
 def load_engine(config: Config, progress: Progress | None = None, *, with_draft: bool = True) -> Engine:
-    """Prepare, and load the models.
-
-    Args:
-        config: the effective settings.
-        progress: shows downloads and conversions.
-        with_draft: False loads the target alone (`--no-speculation`).
-    """
-    return load_prepared(config, prepare(config, progress), with_draft=with_draft)
+    """Prepare, and load the models."""
+    return load_prepared(config, prepare(config, progress, with_draft=with_draft))
 
 
-def load_prepared(config: Config, prepared: Prepared, *, with_draft: bool = True) -> Engine:
-    """Load the models of a prepared pair, for those who look at it first (`generate` checks its prompts).
+def load_prepared(config: Config, prepared: Prepared) -> Engine:
+    """Load prepared models, for those who look at them first (`generate` checks its prompts).
 
     Raises:
-        MemoryPlanError: the pair does not fit into this machine.
+        MemoryPlanError: they do not fit into this machine.
     """
     prepared.plan.check_generation()
     backend, started_s = prepared.backend, time.perf_counter()
@@ -86,7 +84,7 @@ def load_prepared(config: Config, prepared: Prepared, *, with_draft: bool = True
         prepared.target_folder, max_kv_cache_tokens=config.models.target.max_kv_cache_tokens
     )
     draft = None
-    if with_draft:
+    if prepared.draft_folder is not None:
         draft = backend.load(
             prepared.draft_folder, max_kv_cache_tokens=config.models.draft.max_kv_cache_tokens
         )
@@ -99,10 +97,18 @@ def load_prepared(config: Config, prepared: Prepared, *, with_draft: bool = True
     )
 
 
-def _check_context(role: str, max_kv_cache_tokens: int, architecture: Architecture) -> None:
+def _checked(role: str, folder: Path, max_kv_cache_tokens: int) -> tuple[Architecture, Tokenizer]:
+    architecture, tokenizer = read_architecture(folder), Tokenizer.load(folder)
     if max_kv_cache_tokens > architecture.max_position_tokens:
         raise ConfigError(
             f"models.{role}.max_kv_cache_tokens = {max_kv_cache_tokens} exceeds the {role}'s context of "
             f"{architecture.max_position_tokens} tokens",
             remedy=f"Set it to {architecture.max_position_tokens} or less.",
         )
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise ModelUnreadable(
+            f"the {role}'s tokenizer has {tokenizer.vocab_size} tokens and its embedding "
+            f"{architecture.vocab_size} rows",
+            remedy="Tokens were added without training them in; choose the model's own tokenizer files.",
+        )
+    return architecture, tokenizer

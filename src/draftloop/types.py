@@ -89,6 +89,16 @@ class Trace:
     draft_ids: NDArray[np.int32]
     draft_probs: NDArray[np.float32]
 
+    def head(self, rows: int) -> Trace:
+        """The first `rows` positions."""
+        return Trace(
+            top_ids=self.top_ids[:rows],
+            top_logprobs=self.top_logprobs[:rows],
+            tail_mass=self.tail_mass[:rows],
+            draft_ids=self.draft_ids[:rows],
+            draft_probs=self.draft_probs[:rows],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:

@@ -10,6 +10,7 @@ value) heads, K num_draft_tokens, r rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftloop.config import Config, flatten
@@ -43,6 +44,9 @@ LORA_BYTES = 16
 
 RUNTIME_BYTES = 512 * 2**20
 """Python, the framework and both tokenizers: 474 MB with PyTorch 2.13 and two of 152k tokens on Linux."""
+
+_CGROUP = Path("/sys/fs/cgroup")
+"""Where a container sees its own limits (cgroup v2)."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -120,20 +124,26 @@ class MemoryPlan:
 
 
 def available_memory_bytes() -> int:
-    """What this machine could give a new process without swapping."""
+    """What this machine, or the container around the process, could give it without swapping."""
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):
+        # No cgroup v2 here, or one without a limit ("max").
+        return free
+    return min(free, max(0, limit - used))
 
 
 def plan_memory(
-    target: Architecture, draft: Architecture, config: Config, available_bytes: int | None = None
+    target: Architecture, draft: Architecture | None, config: Config, available_bytes: int | None = None
 ) -> MemoryPlan:
     """The plan of a pair under a configuration.
 
     Args:
         target: shapes of the target.
-        draft: shapes of the draft.
+        draft: shapes of the draft; None where the target answers alone.
         config: the settings.
         available_bytes: of the accelerator; None takes what this machine has free.
 
@@ -141,7 +151,8 @@ def plan_memory(
         MemoryPlanError: `training.lora.rank` exceeds a side of a target module, so that the adapter would
             hold more numbers than what it adapts.
     """
-    _check_rank(draft, config)
+    if draft is not None:
+        _check_rank(draft, config)
     if available_bytes is None:
         available_bytes = available_memory_bytes()
     parts = _parts(target, draft, config)
@@ -240,33 +251,32 @@ def training_logit_bytes(draft: Architecture, config: Config) -> int:
     return 4 * TRAINING_LOGIT_COPIES * draft.vocab_size * config.training.batch_size * response_tokens
 
 
-def _parts(target: Architecture, draft: Architecture, config: Config) -> tuple[Part, ...]:
+def _parts(target: Architecture, draft: Architecture | None, config: Config) -> tuple[Part, ...]:
     rows = config.speculative.num_draft_tokens + 1
-    lora = config.training.lora
-    target_cache, draft_cache = (
-        kv_cache_bytes(architecture, max_tokens)
-        for architecture, max_tokens in (
-            (target, config.models.target.max_kv_cache_tokens),
-            (draft, config.models.draft.max_kv_cache_tokens),
-        )
-    )
-    scratch = generation_scratch_bytes(target, rows) + generation_scratch_bytes(draft, rows)
-    adapter = LORA_BYTES * lora_parameters(draft, lora.rank, lora.target_modules)
+    scratch = generation_scratch_bytes(target, rows)
+    target_cache = kv_cache_bytes(target, config.models.target.max_kv_cache_tokens)
     generation, training, both = (True, False), (False, True), (True, True)
-    return tuple(
-        Part(label, num_bytes, *when)
-        for label, num_bytes, when in (
-            ("target: weights", weight_bytes(target), generation),
-            ("target: KV cache", target_cache, generation),
+    entries = [
+        ("target: weights", weight_bytes(target), generation),
+        ("target: KV cache", target_cache, generation),
+    ]
+    if draft is not None:
+        lora = config.training.lora
+        scratch += generation_scratch_bytes(draft, rows)
+        draft_cache = kv_cache_bytes(draft, config.models.draft.max_kv_cache_tokens)
+        adapter = LORA_BYTES * lora_parameters(draft, lora.rank, lora.target_modules)
+        entries += [
             ("draft: weights", weight_bytes(draft), both),
             ("draft: KV cache", draft_cache, generation),
-            ("activations and logits of a round", scratch, generation),
             ("LoRA: weights, gradients, Adam's moments", adapter, training),
             ("training: activations", training_activation_bytes(draft, config), training),
             ("training: logits", training_logit_bytes(draft, config), training),
-            ("Python and the framework", RUNTIME_BYTES, both),
-        )
-    )
+        ]
+    entries += [
+        ("activations and logits of a round", scratch, generation),
+        ("Python and the framework", RUNTIME_BYTES, both),
+    ]
+    return tuple(Part(label, num_bytes, *when) for label, num_bytes, when in entries)
 
 
 def _check_rank(draft: Architecture, config: Config) -> None:
@@ -282,7 +292,7 @@ def _check_rank(draft: Architecture, config: Config) -> None:
 
 
 def _advice(
-    shapes: tuple[Architecture, Architecture], config: Config, available_bytes: int, *, training: bool
+    shapes: tuple[Architecture, Architecture | None], config: Config, available_bytes: int, *, training: bool
 ) -> str:
     """The setting to lower, and the value at which all fits; "" where all does.
 

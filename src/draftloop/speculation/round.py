@@ -8,7 +8,7 @@ Source: Leviathan et al. 2023, Algorithm 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from draftloop.backends.base import NO_PROPOSAL, Proposal, ProposeJob, VerifyJob
@@ -42,6 +42,23 @@ class Round:
     alphas: tuple[float, ...]
     finish_reason: FinishReason | None
     trace: Trace | None
+
+    def cut(self, num_tokens: int) -> Round:
+        """This round as if the text ended behind its first `num_tokens` tokens.
+
+        Guesses behind the end of the text were right or wrong about nothing, so they count as not drafted.
+        """
+        if num_tokens >= len(self.tokens):
+            return self
+        return Round(
+            tokens=self.tokens[:num_tokens],
+            kinds=self.kinds[:num_tokens],
+            drafted_tokens=num_tokens,
+            accepted_tokens=num_tokens,
+            alphas=self.alphas[:num_tokens],
+            finish_reason=FinishReason.STOP,
+            trace=self.trace.head(num_tokens) if self.trace else None,
+        )
 
 
 def draft_budget(stream: Stream) -> int:
@@ -108,27 +125,21 @@ def _propose(pair: Pair, streams: Sequence[Stream]) -> list[Proposal]:
 
 def _settle(stream: Stream, verdict: Verdict) -> Round:
     """Append what was emitted, cut at EOS, and trim both caches to it."""
-    tokens, drafted = verdict.tokens, len(verdict.drafted_tokens)
-    accepted, finish_reason = verdict.accepted_tokens, None
-    for index, token in enumerate(tokens):
-        if token in stream.settings.eos_token_ids:
-            finish_reason = FinishReason.STOP
-            tokens = tokens[: index + 1]
-            if index < accepted:
-                # The text ended inside the guesses: those behind its end were right or wrong about nothing.
-                accepted = drafted = index + 1
-            break
-    stream.conversation.tokens.extend(tokens)
-    stream.emitted_tokens += len(tokens)
-    stream.conversation.settle(len(stream.conversation.tokens))
-    if finish_reason is None and stream.remaining_tokens < 1:
-        finish_reason = FinishReason.LENGTH
-    return Round(
-        tokens=tokens,
-        kinds=verdict.kinds[: len(tokens)],
-        drafted_tokens=drafted,
-        accepted_tokens=accepted,
-        alphas=verdict.alphas[:drafted],
-        finish_reason=finish_reason,
+    ends = [i + 1 for i, token in enumerate(verdict.tokens) if token in stream.settings.eos_token_ids]
+    outcome = Round(
+        tokens=verdict.tokens,
+        kinds=verdict.kinds,
+        drafted_tokens=len(verdict.drafted_tokens),
+        accepted_tokens=verdict.accepted_tokens,
+        alphas=verdict.alphas,
+        finish_reason=FinishReason.STOP if ends else None,
         trace=verdict.trace,
     )
+    if ends:
+        outcome = outcome.cut(ends[0])
+    stream.conversation.tokens.extend(outcome.tokens)
+    stream.emitted_tokens += len(outcome.tokens)
+    stream.conversation.settle(len(stream.conversation.tokens))
+    if outcome.finish_reason is None and stream.remaining_tokens < 1:
+        return replace(outcome, finish_reason=FinishReason.LENGTH)
+    return outcome

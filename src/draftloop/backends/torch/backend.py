@@ -5,6 +5,7 @@ Contract: `backends/base.py`. Sequences of a batch are read one after another.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from draftloop.backends.torch.weights import WeightLoader
 from draftloop.errors import BackendUnavailable, ModelUnreadable, OutOfMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -26,6 +27,20 @@ if TYPE_CHECKING:
     from draftloop.types import Verdict
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@contextmanager
+def _memory_errors(what: str) -> Iterator[None]:
+    """Turn PyTorch's out-of-memory errors, on a GPU and on a CPU, into ours."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise OutOfMemory(
+            f"memory ran out while {what}",
+            remedy="Lower models.target.max_kv_cache_tokens, or choose smaller models.",
+        ) from error
 
 
 class TorchModel:
@@ -49,23 +64,27 @@ class TorchModel:
 
     def new_cache(self) -> TorchCache:
         """See `Model`."""
-        return TorchCache(self.architecture, self._max_tokens, self.decoder.dtype, self._device)
+        with _memory_errors("making room for a KV cache"):
+            return TorchCache(self.architecture, self._max_tokens, self.decoder.dtype, self._device)
 
     @torch.inference_mode()
     def prefill(self, batch: Sequence[PrefillJob]) -> None:
         """See `Model`."""
-        for job in batch:
-            self._forward(job.cache, self._ids(job.tokens))
+        with _memory_errors("reading a prompt"):
+            for job in batch:
+                self._forward(job.cache, self._ids(job.tokens))
 
     @torch.inference_mode()
     def propose(self, batch: Sequence[ProposeJob]) -> list[Proposal]:
         """See `Model`."""
-        return [self._propose(job) for job in batch]
+        with _memory_errors("drafting"):
+            return [self._propose(job) for job in batch]
 
     @torch.inference_mode()
     def verify(self, batch: Sequence[VerifyJob]) -> list[Verdict]:
         """See `Model`."""
-        return [self._verify(job) for job in batch]
+        with _memory_errors("verifying"):
+            return [self._verify(job) for job in batch]
 
     @torch.inference_mode()
     def logits(self, cache: Cache, tokens: Sequence[int]) -> NDArray[np.float32]:
@@ -135,14 +154,9 @@ class TorchBackend:
         """See `Backend`."""
         architecture = read_architecture(folder)
         dtype = self._activation_dtype(architecture)
-        try:
-            with torch.inference_mode():
-                weights = WeightLoader(folder, architecture, dtype, self._device).load()
-                decoder = Decoder(architecture, weights, dtype, max_kv_cache_tokens)
-        except torch.cuda.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"the GPU's memory does not hold {folder.name}", remedy="Choose a smaller model."
-            ) from error
+        with _memory_errors(f"loading {folder.name}"), torch.inference_mode():
+            weights = WeightLoader(folder, architecture, dtype, self._device).load()
+            decoder = Decoder(architecture, weights, dtype, max_kv_cache_tokens)
         return TorchModel(decoder, weights.num_bytes, max_kv_cache_tokens, self._device)
 
     def clear_cache(self) -> None:
