@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`pytest tests/conformance --device gpu` holds a GPU to the same suite."""
+    parser.addoption("--device", choices=("cpu", "gpu"), default="cpu", help="where backends run")
+
+
 @pytest.fixture(scope="session")
 def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`toy_folder(**options)`: the folder of one toy (`toys.write_toy_folder`)."""

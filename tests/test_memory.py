@@ -148,7 +148,7 @@ def test_what_fits_passes_and_one_byte_less_does_not() -> None:
         with pytest.raises(MemoryPlanError) as caught:
             getattr(plan(available_bytes=needed - 1), check)()
         assert caught.value.exit_status == 2
-        assert "target: weights" in caught.value.remedy
+        assert "target: weights" in caught.value.details
 
 
 def refusal(check: Callable[[MemoryPlan], None], *overrides: str, available_bytes: int) -> str:

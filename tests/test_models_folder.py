@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from draftloop.errors import ModelUnreadable
 from draftloop.models.folder import check_folder, expected_tensors, folder_bytes
 from draftloop.models.gguf import convert_gguf
+from draftloop.models.gguf_file import read_gguf
 from draftloop.models.progress import SilentProgress
 from draftloop.models.safetensors_file import SafetensorsWriter, TensorSpec, read_head
 from models_samples import write_gguf
@@ -25,7 +26,7 @@ def folder(tmp_path):
     sample = write_gguf(tmp_path / "tiny.gguf")
     path = tmp_path / "folder"
     path.mkdir()
-    convert_gguf(sample.path, path, SilentProgress())
+    convert_gguf(read_gguf(sample.path), path, SilentProgress())
     return path
 
 
@@ -113,7 +114,15 @@ def test_a_truncated_shard_is_named(folder, share):
 
 @pytest.mark.parametrize(
     "head",
-    [b"[]", b"{", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": 3, "data_offsets": [0, 4]}}', b"\xff\xff"],
+    [
+        b"[]",
+        b"{",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": 3, "data_offsets": [0, 4]}}',
+        b"\xff\xff",
+        b"[" * 99999,
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1e999]}}',
+    ],
 )
 def test_a_damaged_head_is_refused(tmp_path, head):
     path = tmp_path / "a.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from contextlib import suppress
 
@@ -14,12 +15,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from draftloop.backends.architecture import Quantization
+from draftloop.backends.architecture import Quantization, read_architecture
 from draftloop.errors import ModelUnreadable
 from draftloop.models.affine import AffineRows, decode
 from draftloop.models.folder import check_folder
 from draftloop.models.gguf import convert_gguf, converted_bytes
 from draftloop.models.gguf_config import hf_config
+from draftloop.models.gguf_file import read_gguf
 from draftloop.models.gguf_tokenizer import end_token_ids, write_tokenizer
 from draftloop.models.progress import SilentProgress
 from models_samples import HEAD_DIM, HIDDEN, LAYERS, RecordedProgress, write_gguf
@@ -29,7 +31,7 @@ def converted(tmp_path, *args, **kwargs):
     sample = write_gguf(tmp_path / "tiny.gguf", *args, **kwargs)
     folder = tmp_path / "folder"
     folder.mkdir()
-    convert_gguf(sample.path, folder, SilentProgress())
+    convert_gguf(read_gguf(sample.path), folder, SilentProgress())
     return sample, folder
 
 
@@ -96,7 +98,7 @@ def test_progress_reaches_its_total(tmp_path):
     sample = write_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "folder").mkdir()
     progress = RecordedProgress()
-    convert_gguf(sample.path, tmp_path / "folder", progress)
+    convert_gguf(read_gguf(sample.path), tmp_path / "folder", progress)
     (task,) = progress.tasks
     assert task.done_bytes == task.total_bytes > 0
 
@@ -104,7 +106,7 @@ def test_progress_reaches_its_total(tmp_path):
 def test_the_size_is_known_before(tmp_path):
     sample, folder = converted(tmp_path, "llama")
     actual = (folder / "model.safetensors").stat().st_size
-    assert 0.8 * actual < converted_bytes(sample.path) <= actual
+    assert 0.8 * actual < converted_bytes(read_gguf(sample.path)) <= actual
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
@@ -217,9 +219,26 @@ def test_llama3_scaling_is_recognised_from_its_factors():
         hf_config(METADATA, [], tied=True, rope_factors=llama3_factors(32.0)[::-1].copy())
 
 
+def test_a_sliding_window_limits_the_context(tmp_path):
+    config = hf_config(METADATA | {"llama.attention.sliding_window": 32}, [], tied=True, rope_factors=None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_architecture(tmp_path).max_position_tokens == 32
+
+
+def test_a_tensor_of_three_dimensions_is_refused_by_name(tmp_path):
+    gguf_file = read_gguf(write_gguf(tmp_path / "tiny.gguf").path)
+    name = "blk.0.ffn_up.weight"
+    experts = dataclasses.replace(gguf_file.tensors[name], shape=(2, 128, 64))
+    gguf_file = dataclasses.replace(gguf_file, tensors={**gguf_file.tensors, name: experts})
+    assert converted_bytes(gguf_file) > 0
+    with pytest.raises(ModelUnreadable, match=r"ffn_up\.weight has 3 dimensions"):
+        convert_gguf(gguf_file, tmp_path, SilentProgress())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"llama.attention.sliding_window": "wide"}, "misstates"),
         ({"general.architecture": "mamba"}, "mamba"),
         ({"llama.expert_count": 8}, "mixture"),
         ({"llama.rope.scaling.type": "yarn"}, "yarn"),
@@ -257,7 +276,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tiny):
     for size in (*range(0, HEAD_BYTES, 64), *range(HEAD_BYTES, len(data), 9973), len(data) - 1):
         copy.write_bytes(data[:size])
         with pytest.raises(ModelUnreadable, match=r"short\.gguf is (truncated|not a GGUF file)"):
-            converted_bytes(copy)
+            converted_bytes(read_gguf(copy))
 
 
 @settings(max_examples=300, deadline=None)
@@ -268,7 +287,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tiny):
 )
 def test_damage_anywhere_in_the_head_is_refused_or_harmless(tiny, position, replacement):
     with suppress(ModelUnreadable):
-        assert converted_bytes(damaged(tiny, position, replacement)) > 0
+        assert converted_bytes(read_gguf(damaged(tiny, position, replacement))) > 0
 
 
 @pytest.mark.parametrize("length", PAST_THE_FILE)
@@ -283,32 +302,32 @@ def test_damage_anywhere_in_the_head_is_refused_or_harmless(tiny, position, repl
 def test_a_length_that_points_past_the_end_is_refused(tiny, key, before_length, length):
     position = tiny.read_bytes().index(key.encode()) + len(key)
     with pytest.raises(ModelUnreadable, match="corrupt"):
-        converted_bytes(damaged(tiny, position, before_length + length.to_bytes(8, "little")))
+        converted_bytes(read_gguf(damaged(tiny, position, before_length + length.to_bytes(8, "little"))))
 
 
 def test_a_tensor_whose_place_overflows_is_refused(tiny):
     name = b"output_norm.weight"
     position = tiny.read_bytes().index(name) + len(name) + 4 + 8 + 4
     with pytest.raises(ModelUnreadable, match="corrupt"):
-        converted_bytes(damaged(tiny, position, (2**64 - 32).to_bytes(8, "little")))
+        converted_bytes(read_gguf(damaged(tiny, position, (2**64 - 32).to_bytes(8, "little"))))
 
 
 def test_a_key_that_is_there_twice_is_refused(tiny):
     position = tiny.read_bytes().index(b"qwen2.context_length")
     with pytest.raises(ModelUnreadable, match=r"general\.architecture"):
-        converted_bytes(damaged(tiny, position, b"general.architecture"))
+        converted_bytes(read_gguf(damaged(tiny, position, b"general.architecture")))
 
 
 def test_a_head_of_endless_values_is_refused_before_it_fills_the_memory(tiny, monkeypatch):
     monkeypatch.setattr("draftloop.models.gguf_file._MAX_VALUES", 100)
     with pytest.raises(ModelUnreadable, match="more than 100 values"):
-        converted_bytes(tiny)
+        converted_bytes(read_gguf(tiny))
 
 
 @pytest.mark.parametrize(("version", "message"), [(9, "version 9"), (3 << 24, "corrupt")])
 def test_another_version_is_refused(tiny, version, message):
     with pytest.raises(ModelUnreadable, match=message):
-        converted_bytes(damaged(tiny, 4, version.to_bytes(4, "little")))
+        converted_bytes(read_gguf(damaged(tiny, 4, version.to_bytes(4, "little"))))
 
 
 def test_a_big_endian_file_is_refused(tmp_path):
@@ -320,14 +339,14 @@ def test_a_big_endian_file_is_refused(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(ModelUnreadable, match="big-endian"):
-        converted_bytes(path)
+        converted_bytes(read_gguf(path))
 
 
 def test_an_unknown_tensor_type_is_refused(tiny):
     name = b"output_norm.weight"
     position = tiny.read_bytes().index(name) + len(name) + 4 + 8
     with pytest.raises(ModelUnreadable, match="999"):
-        converted_bytes(damaged(tiny, position, (999).to_bytes(4, "little")))
+        converted_bytes(read_gguf(damaged(tiny, position, (999).to_bytes(4, "little"))))
 
 
 def test_another_alignment_gives_the_same_weights(tmp_path):
@@ -345,4 +364,4 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path):
     damaged = data[:-144] + b"\xff\x7f" + data[-142:]
     sample.path.write_bytes(damaged)
     with pytest.raises(ModelUnreadable, match=r"blk\.1\.ffn_down"):
-        convert_gguf(sample.path, tmp_path, SilentProgress())
+        convert_gguf(read_gguf(sample.path), tmp_path, SilentProgress())

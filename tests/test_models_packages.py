@@ -56,10 +56,9 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def files_in_cache():
-    """Every file in the cache but the locks."""
-    return sorted(
-        p.name for p in cache.cache_root().rglob("*") if p.is_file() and not p.name.endswith(".lock")
-    )
+    """Every file and its parts in the cache, but not the locks."""
+    folder = cache.cache_root() / "packages"
+    return sorted(p.name for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".lock"))
 
 
 def full_disk(monkeypatch, ending):

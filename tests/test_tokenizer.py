@@ -45,8 +45,28 @@ def test_encode_adds_nothing_and_reads_special_tokens(tokenizer: Tokenizer) -> N
     assert tokenizer.vocab_size == NUM_PLAIN + 3
 
 
-def test_encode_adds_no_beginning_of_text(tmp_path: Path) -> None:
-    assert Tokenizer.load(byte_fallback(tmp_path)).encode("")[:1] != [1]
+def test_encode_adds_no_beginning_of_text_unless_asked_and_never_a_second_one(tmp_path: Path) -> None:
+    folder = byte_fallback(tmp_path)
+    definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    write_json(folder / "tokenizer.json", definition)
+    tokenizer = Tokenizer.load(folder)
+    plain = tokenizer.encode("abc")
+    assert plain[0] != 1
+    assert tokenizer.encode("abc", add_special_tokens=True) == [1, *plain]
+    begun = tokenizer.encode("<s>abc")
+    assert begun[0] == 1
+    assert tokenizer.encode("<s>abc", add_special_tokens=True) == begun
+
+
+def test_a_tokenizer_without_beginning_of_text_adds_none(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode("the", add_special_tokens=True) == tokenizer.encode("the")
+    assert tokenizer.encode("", add_special_tokens=True) == []
 
 
 def test_decode_leaves_out_special_and_unknown_ids(tokenizer: Tokenizer) -> None:

@@ -61,7 +61,17 @@ class BackendUnavailable(InputError):
 
 
 class MemoryPlanError(InputError):
-    """The plan does not fit into this machine's memory."""
+    """The plan does not fit into this machine's memory.
+
+    Args:
+        what: as for every error.
+        remedy: as for every error.
+        details: the plan, a line for each part, to be shown below the error; "" where there is none.
+    """
+
+    def __init__(self, what: str, *, remedy: str, details: str = "") -> None:
+        super().__init__(what, remedy=remedy)
+        self.details = details
 
 
 class DownloadError(DraftloopError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -51,6 +52,9 @@ def test_version(draftloop):
         (["--config"], "--config"),
         (["generate", "a", "--config", "x.yaml"], "before the command"),
         (["generate", "a", "--set", "backend=numpy"], "before the command"),
+        (["--config", "x.yaml", "generate", "--nonsense"], "See draftloop generate --help."),
+        (["--set", "backend=numpy", "models", "pull", "--nonsense"], "See draftloop models pull --help."),
+        (["--set", "backend=numpy", "nonsense"], "See draftloop --help."),
     ],
 )
 def test_usage_errors_are_one_line(draftloop, arguments, word):
@@ -136,6 +140,44 @@ def test_the_logging_level_decides_what_is_said(draftloop):
     changed = settings(**{"training.learning_rate": 0.01})
     assert draftloop(*changed, "config", "show").err.startswith("note: training.learning_rate = 0.01")
     assert draftloop(*changed, *settings(**{"logging.level": "WARNING"}), "config", "show").err == ""
+
+
+def test_a_value_that_waits_for_a_later_command_is_told(draftloop):
+    def notes(threshold):
+        return draftloop(*settings(**{"speculative.acceptance_threshold": threshold}), "config", "show").err
+
+    told = 'note: speculative.acceptance_threshold = "auto" (--set) is kept for `collect`'
+    assert notes("auto").startswith(told)
+    assert notes(0.4) == ""
+
+
+def test_debug_has_a_traceback_of_failed_work_and_none_of_wrong_input(draftloop):
+    def failed(name):
+        names = {"logging.level": "DEBUG", "models.target.name": name}
+        return draftloop(*settings(**names), "generate", "hi").err
+
+    assert failed("package:nonsense").count("where it was raised") == 0
+    assert "where it was raised\nTraceback" in failed("nobody/nothing")
+
+
+def test_redirected_output_is_utf8_whatever_the_locale(tmp_path):
+    message = settings(**{"chat.system_message": "日本 é"})
+    result = subprocess.run(
+        [sys.executable, "-m", "draftloop", *message, "--set", "ä=1", "config", "show"],
+        capture_output=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        check=False,
+    )
+    assert "error: ä (--set) is not a setting" in result.stderr.decode("utf-8")
+    shown = subprocess.run(
+        [sys.executable, "-m", "draftloop", *message, "config", "show"],
+        capture_output=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        check=True,
+    )
+    assert '"日本 é"' in shown.stdout.decode("utf-8")
 
 
 def test_debug_shows_the_work(draftloop, toys_on_numpy):

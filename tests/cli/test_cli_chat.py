@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import select
@@ -12,9 +13,18 @@ import time
 import pytest
 from cli_runner import settings
 
+from draftloop.cli.answer import AnswerWriter, watch
+from draftloop.cli.asking import AnswerOptions
+from draftloop.cli.chat import ChatLoop
+from draftloop.config import load_config
+from draftloop.engine import Engine, RoundDone
+from draftloop.errors import OutOfMemory
+from draftloop.loading import load_engine
+
 pty = pytest.importorskip("pty", reason="needs a Unix terminal")
 
 PATIENCE_S = 60
+AGAIN_S = 5
 
 
 @pytest.fixture
@@ -115,6 +125,128 @@ def test_wrong_flags_and_wrong_bytes(chat):
     assert result.out == chat("hello").out
 
 
+def test_two_slashes_send_one(chat, draftloop, toys_on_numpy):
+    text = draftloop(*toys_on_numpy, "generate", "/hello there", "--temperature", 0, "--no-stats").out
+    assert chat("//hello there").out == text
+    assert "//TEXT" in chat("/help").err
+
+
+def _stream_that(monkeypatch, disturb):
+    """Call `disturb(number)` in the midst of each answer, counted from 1."""
+    original, answers = Engine.stream, itertools.count(1)
+
+    def stream(engine, request, conversation=None):
+        number = next(answers)
+        for event in original(engine, request, conversation):
+            if isinstance(event, RoundDone):
+                disturb(number)
+            yield event
+
+    monkeypatch.setattr(Engine, "stream", stream)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("broken\nwithin"), "error: unexpected RuntimeError: broken within. "),
+        (OutOfMemory("memory ran out", remedy="Ask for less."), "error: memory ran out. Ask for less."),
+    ],
+)
+def test_an_answer_that_fails_is_one_line_and_the_history_stays(chat, monkeypatch, error, line):
+    def fail(number):
+        if number == 2:
+            raise error
+
+    first, both = chat("hello").out, chat("hello", "again").out
+    _stream_that(monkeypatch, fail)
+    result = chat("hello", "again", "again")
+    assert [text for text in result.err.splitlines() if text.startswith("error")] == [
+        text for text in result.err.splitlines() if text.startswith(line)
+    ]
+    assert result.err.count("error: ") == 1
+    assert result.out.startswith(first)
+    assert result.out.endswith(both.removeprefix(first))
+    assert result.exit_status == 1
+
+
+def test_a_reader_that_goes_away_ends_the_chat(loop, monkeypatch):
+    def fail(number):
+        raise BrokenPipeError
+
+    _stream_that(monkeypatch, fail)
+    with pytest.raises(BrokenPipeError):
+        loop("hello", "again")
+
+
+def test_an_interrupt_ends_a_piped_chat(chat, monkeypatch):
+    _stream_that(monkeypatch, lambda number: signal.raise_signal(signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
+    result = chat("hello", "again")
+    assert result.exit_status == 130
+    assert "error" not in result.err
+    assert len(result.out) < len(chat("hello").out) + 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_interrupt_does_not_wait_for_the_round(loop, monkeypatch, capsys):
+    def interrupt(number):
+        if number == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            waited.append(number)
+
+    waited = []
+    loop("hello", "again")
+    undisturbed = capsys.readouterr().out
+    _stream_that(monkeypatch, interrupt)
+    loop("hello", "again", "again")
+    captured = capsys.readouterr()
+    assert waited == []
+    assert "Ctrl-C again or Ctrl-D leaves." in captured.err
+    first, _, *last = captured.out.splitlines()
+    assert undisturbed.splitlines()[0] == first
+    assert undisturbed.splitlines()[-1] == last[-1]
+
+
+def test_rounds_without_text_can_be_stopped_too():
+    asked = []
+
+    def silent_rounds():
+        try:
+            while len(asked) < 100:
+                yield RoundDone()
+        finally:
+            asked.append("closed")
+
+    def stop_wanted():
+        asked.append("stop?")
+        return len(asked) == 3
+
+    assert watch(silent_rounds(), stop_wanted=stop_wanted) is None
+    assert asked == ["stop?"] * 3 + ["closed"]
+
+
+@pytest.fixture
+def loop(toys_on_numpy, monkeypatch):
+    """`loop(*lines)`: a conversation as in a terminal, in this process, greedily."""
+
+    def converse(*lines):
+        typed = iter(lines)
+
+        def type_line(prompt=""):
+            try:
+                return next(typed)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr("builtins.input", type_line)
+        overrides = [*toys_on_numpy[1::2], "speculative.temperature=0"]
+        config = load_config(overrides=overrides).config
+        ChatLoop(load_engine(config), AnswerOptions(config, system=""), AnswerWriter()).run_interactively()
+
+    return converse
+
+
 class Terminal:
     """A program in a terminal of its own: what it shows, and the keys that are pressed."""
 
@@ -137,6 +269,22 @@ class Terminal:
         """Type `keys`."""
         os.write(self._terminal, keys.encode())
 
+    def interrupt(self, until: str | None) -> None:
+        """Press Ctrl-C at the prompt until `until` is shown, or with None until the program ends.
+
+        Python's input() sees a signal late that comes between its prompt and its wait for a key: it needs
+        another one then.
+        """
+        shown = len(self.shown)
+        self.press("\x03")
+        while until is None or until not in self.shown[shown:]:
+            if not self._readable(AGAIN_S):
+                self.press("\x03")
+            elif not self._read():
+                break
+        assert until is None or until in self.shown[shown:], self.shown
+        self._seen = len(self.shown)
+
     def exit_status(self) -> int:
         """Read to the end."""
         while self._read():
@@ -153,8 +301,11 @@ class Terminal:
         except ChildProcessError:
             return
 
+    def _readable(self, patience_s: float) -> bool:
+        return bool(select.select([self._terminal], [], [], patience_s)[0])
+
     def _read(self) -> bool:
-        if not select.select([self._terminal], [], [], PATIENCE_S)[0]:
+        if not self._readable(PATIENCE_S):
             return False
         try:
             data = os.read(self._terminal, 1 << 16)
@@ -184,16 +335,23 @@ def test_interrupt_stops_the_answer_and_not_the_program(terminal):
         terminal.press("\x03")
         terminal.wait_for("(stopped)")
         terminal.wait_for("\r\n> ")
-    terminal.press("\x03")
-    terminal.wait_for("Ctrl-C again or Ctrl-D leaves.\r\n> ")
+    terminal.interrupt(until="Ctrl-C again or Ctrl-D leaves.\r\n> ")
     terminal.press("/system\r")
     terminal.wait_for("system message: You are Qwen")
     terminal.wait_for("\r\n> ")
-    terminal.press("\x03")
-    terminal.wait_for("Ctrl-C again or Ctrl-D leaves.\r\n> ")
-    terminal.press("\x03")
+    terminal.interrupt(until="Ctrl-C again or Ctrl-D leaves.\r\n> ")
+    terminal.interrupt(until=None)
     assert terminal.exit_status() == 0
     assert "Traceback" not in terminal.shown
+
+
+def test_a_terminal_gets_a_mark_for_what_it_cannot_show(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    message = settings(**{"chat.system_message": "日本."})
+    program = Terminal(sys.executable, "-m", "draftloop", *message, "config", "show")
+    program.wait_for('"??."')
+    assert program.exit_status() == 0
 
 
 def test_end_of_input_leaves(terminal):

@@ -7,6 +7,8 @@ import json
 import pytest
 from cli_runner import settings
 
+import toys
+
 GREEDY = ["--temperature", "0"]
 CONTRACT = {
     "text": str,
@@ -215,6 +217,8 @@ def test_a_prompt_that_is_not_utf8(generate):
         (b'{"prompt": "a", "system": 1}', [":1", "'system' is 1"]),
         (b'{"prompt": "a", "id": [1]}', [":1", "'id' is [1]"]),
         (b'{"prompt": "\\ud800"}', [":1", "UTF-8"]),
+        (b"[" * 200_000, [":1", "nested too deep"]),
+        (b'{"prompt": "a"}\n{"prompt": ' + b"[" * 200_000, [":2", "nested too deep"]),
     ],
 )
 def test_a_wrong_prompts_file(generate, tmp_path, content, words):
@@ -234,6 +238,47 @@ def test_a_prompt_longer_than_the_cache(generate, tmp_path):
     file = tmp_path / "p.txt"
     file.write_text("fits\n" + "x" * 200)
     generate("--prompts", file, options=small).assert_wrong_input(f"{file}:2", "max_kv_cache_tokens")
+
+
+def test_a_plain_prompt_may_look_like_deep_json(generate, tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("fits\n" + "[" * 200_000)
+    generate("--prompts", file).assert_wrong_input(f"{file}:2", "max_kv_cache_tokens")
+    file.write_text("[" * 200_000)
+    generate("--prompts", file).assert_wrong_input(f"{file}:1", "max_kv_cache_tokens")
+
+
+def test_the_target_alone_needs_no_draft(generate):
+    absent = settings(**{"models.draft.name": "/nowhere"})
+    generate("hello", options=absent).assert_wrong_input("/nowhere")
+    alone = generate("hello", "--json", *GREEDY, "--no-speculation", options=absent).json
+    assert alone["token_ids"] == generate("hello", "--json", *GREEDY).json["token_ids"]
+    assert alone["models"]["draft"] is None
+
+
+def test_raw_text_begins_with_bos_where_the_tokenizer_says_so(generate, tmp_path):
+    def prompt_tokens(text, *options):
+        return generate(text, "--raw", "--no-speculation", "--json", options=options).json["prompt_tokens"]
+
+    folder = toys.write_toy_folder(tmp_path / "bos")
+    with_bos = settings(**{"models.target.name": folder})
+    assert prompt_tokens("hi", *with_bos) == prompt_tokens("hi") == 2
+    _add_bos(folder, "<|endoftext|>")
+    assert prompt_tokens("hi", *with_bos) == 3
+    assert prompt_tokens("<|endoftext|>hi", *with_bos) == 3
+    assert prompt_tokens("<|endoftext|><|endoftext|>hi", *with_bos) == 4
+
+
+def _add_bos(folder, token):
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, tokenizer.token_to_id(token))]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": token}))
 
 
 def test_a_model_that_is_not_there(draftloop, toys_on_numpy, tmp_path):

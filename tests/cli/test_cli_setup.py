@@ -82,8 +82,13 @@ def test_config_check_refuses_what_cannot_fit(draftloop, toys_on_numpy, monkeypa
     refused = draftloop(*toys_on_numpy, "generate", "hello")
     assert refused.exit_status == 2
     assert refused.out == ""
-    assert refused.err.startswith("error: generating needs ")
-    assert "target: KV cache" in refused.err
+    error, head, *parts = refused.err.splitlines()
+    assert error.startswith("error: generating needs ")
+    assert error.endswith(".")
+    assert head.split() == ["part", "memory", "generation", "training"]
+    assert parts[0].startswith("target: weights ")
+    assert parts[1].startswith("target: KV cache ")
+    assert parts[-1].startswith("available ")
 
 
 def test_config_show_has_every_setting_with_its_origin(draftloop, tmp_path):
@@ -154,6 +159,10 @@ def test_doctor_finds_a_usable_pair(draftloop, toys_on_numpy):
     table = draftloop(*toys_on_numpy, "doctor").out
     for word in ("processor", "GPU", "torch", "Hub", "model cache", "memory plan", "The pair can answer"):
         assert word in table
+    for part in facts["pair"]["memory"]["parts"]:
+        assert f"\n{part['part']} " in table
+    for line in ("needed ", "available ", "verdict "):
+        assert f"\n{line}" in table
 
 
 @pytest.mark.parametrize(
@@ -210,7 +219,7 @@ def test_the_demo_asks_the_target_alone_and_then_the_pair_greedily(draftloop, to
 def test_the_demo_runs_the_package_pair_unless_models_are_named(draftloop, monkeypatch):
     names = []
 
-    def refuse(config, *_):
+    def refuse(config, *_, **__):
         names.append((config.models.target.name, config.generation.max_tokens))
         raise KeyboardInterrupt
 

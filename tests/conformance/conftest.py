@@ -1,4 +1,4 @@
-"""Every test of this folder runs on every backend that is installed, on the processor."""
+"""Every test of this folder runs on every backend that is installed, on `--device` (the processor)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if not is_installed(request.param):
         pytest.skip(f"{request.param} is not installed")
     with _one_thread(request.param):
-        yield open_backend(request.param, device="cpu")
+        device = "cpu" if request.param == "numpy" else request.config.getoption("--device")
+        yield open_backend(request.param, device=device)
 
 
 @contextmanager

@@ -38,6 +38,14 @@ def assert_close(found, expected, tolerance):
     assert np.abs(found - expected).max() <= tolerance
 
 
+def in_bfloat16(backend):
+    return backend.capabilities().backend == "torch" and on_gpu(backend)
+
+
+def on_gpu(backend):
+    return not backend.capabilities().device.startswith("cpu")
+
+
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values()))[:40])
 def test_dense_logits_equal_the_references(backend, reference, load_toy, options):
     model, expected = load_toy(backend, **options), load_toy(reference, **options)
@@ -50,7 +58,9 @@ def test_quantized_logits_equal_the_references(backend, reference, load_toy, mod
     options = {"model_type": model_type, "tied": tied, "quantized": True}
     model, expected = load_toy(backend, **options), load_toy(reference, **options)
     found = model.logits(model.new_cache(), TOKENS)
-    assert_close(found, expected.logits(expected.new_cache(), TOKENS), 1e-2)
+    # PyTorch's int4 kernel on CUDA knows bfloat16 alone, whatever the folder holds.
+    tolerance = 0.5 if in_bfloat16(backend) else 1e-2
+    assert_close(found, expected.logits(expected.new_cache(), TOKENS), tolerance)
 
 
 def test_bfloat16_weights_are_read(backend, reference, load_toy):
@@ -72,7 +82,8 @@ def test_reading_in_pieces_equals_reading_at_once(backend, load_toy, quantized, 
     for start, stop in zip((0, *cuts), (*cuts, len(TOKENS)), strict=True):
         pieces.append(model.logits(cache, TOKENS[start:stop]))
         assert cache.position == stop
-    assert_close(np.concatenate(pieces), whole, 1e-2 if quantized else 1e-3)
+    tolerance = 0.5 if in_bfloat16(backend) else 1e-2
+    assert_close(np.concatenate(pieces), whole, tolerance if quantized else 1e-3)
 
 
 def test_prefill_reads_like_logits(backend, load_toy):
@@ -176,9 +187,9 @@ def test_capabilities_are_told(backend):
     told = backend.capabilities()
     assert told.backend in {"numpy", "torch", "mlx"}
     assert told.version[0].isdigit()
-    assert told.device.startswith("cpu")
     assert "float32" in told.dtypes
-    assert told.device_memory_bytes is None
+    if told.device.startswith("cpu"):
+        assert told.device_memory_bytes is None
     backend.clear_cache()
 
 

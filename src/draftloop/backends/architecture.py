@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 SUPPORTED_GROUP_SIZES = (32, 64, 128)
+SUPPORTED_ACTIVATIONS = ("silu", "swish")
+"""Two names of one function."""
+
+_MAX_LAYERS = 1000
+"""Several times what any published model has; a damaged number must not fill the memory with names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,18 +127,50 @@ def read_architecture(folder: Path) -> Architecture:
         raise ModelUnreadable(
             f"{folder} has no config.json", remedy="Name a folder with config.json and *.safetensors."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelUnreadable(
             f"{path} cannot be read: {error}", remedy="Check the file, or pull the model again."
         ) from error
     if not isinstance(config, dict):
         raise ModelUnreadable(f"{path} holds no JSON object", remedy="Pull the model again.")
     try:
-        return _parse(config)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        architecture = _parse(config)
+        _refuse_impossible(architecture)
+    except ModelUnreadable as error:
+        raise ModelUnreadable(f"{path}: {error.what}", remedy=error.remedy) from error
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise ModelUnreadable(
             f"{path} lacks or misstates {error}", remedy="Pull the model again, or choose another one."
         ) from error
+    return architecture
+
+
+def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a dense checkpoint, by its name in the file.
+
+    Matrices are [out, in]; they are exactly the tensors that a quantized checkpoint stores in three parts.
+    """
+    a = architecture
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (a.vocab_size, a.hidden_size),
+        "model.norm.weight": (a.hidden_size,),
+    }
+    if not a.tied_embeddings:
+        shapes["lm_head.weight"] = (a.vocab_size, a.hidden_size)
+    for layer in range(a.num_layers):
+        prefix = f"model.layers.{layer}"
+        shapes[f"{prefix}.input_layernorm.weight"] = (a.hidden_size,)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (a.hidden_size,)
+        for name, shape in a.linear_shapes.items():
+            block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            shapes[f"{prefix}.{block}.{name}.weight"] = shape
+        if a.attention_bias:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                shapes[f"{prefix}.self_attn.{name}.bias"] = (a.linear_shapes[name][0],)
+        if a.qk_norm:
+            shapes[f"{prefix}.self_attn.q_norm.weight"] = (a.head_dim,)
+            shapes[f"{prefix}.self_attn.k_norm.weight"] = (a.head_dim,)
+    return shapes
 
 
 def _parse(config: Mapping[str, Any]) -> Architecture:
@@ -143,7 +180,13 @@ def _parse(config: Mapping[str, Any]) -> Architecture:
             f"model_type {model_type!r} is not supported",
             remedy=f"Choose a model of type {', '.join(SUPPORTED_MODEL_TYPES)}.",
         )
-    rope = config.get("rope_parameters") or {}
+    activation = config.get("hidden_act", "silu")
+    if activation not in SUPPORTED_ACTIVATIONS:
+        raise ModelUnreadable(
+            f"hidden_act {activation!r} is not supported",
+            remedy=f"Choose a model with {' or '.join(SUPPORTED_ACTIVATIONS)}.",
+        )
+    rope = _object(config, "rope_parameters")
     heads = int(config["num_attention_heads"])
     hidden = int(config["hidden_size"])
     eos = config.get("eos_token_id")
@@ -159,14 +202,42 @@ def _parse(config: Mapping[str, Any]) -> Architecture:
         max_position_tokens=_max_position_tokens(config),
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        rope_scaling=_rope_scaling(config.get("rope_scaling") or rope),
+        rope_scaling=_rope_scaling(_object(config, "rope_scaling") or rope),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         attention_bias=bool(config.get("attention_bias", model_type == "qwen2")),
         qk_norm=model_type == "qwen3",
         quantization=_quantization(config),
         dtype=str(config.get("torch_dtype") or config.get("dtype") or "float32"),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        eos_token_ids=() if eos is None else tuple(int(i) for i in (eos if isinstance(eos, list) else [eos])),
     )
+
+
+def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The JSON object under `key`; empty where it is absent or null."""
+    value = config.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{key}: {value!r:.80} is no JSON object")
+    return value
+
+
+def _refuse_impossible(a: Architecture) -> None:
+    sizes = {
+        "vocab_size": a.vocab_size,
+        "hidden_size": a.hidden_size,
+        "num_hidden_layers": a.num_layers,
+        "num_attention_heads": a.num_heads,
+        "num_key_value_heads": a.num_kv_heads,
+        "head_dim": a.head_dim,
+        "intermediate_size": a.intermediate_size,
+        "max_position_embeddings": a.max_position_tokens,
+    }
+    for key, size in sizes.items():
+        if size < 1 or (key == "num_hidden_layers" and size > _MAX_LAYERS):
+            raise ValueError(f"{key}: {size}")
+    if a.num_heads % a.num_kv_heads:
+        raise ValueError(f"num_key_value_heads: {a.num_kv_heads} for {a.num_heads} heads")
 
 
 def _max_position_tokens(config: Mapping[str, Any]) -> int:
@@ -199,9 +270,9 @@ def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling | None:
 
 
 def _quantization(config: Mapping[str, Any]) -> Quantization | None:
-    values = config.get("quantization")
+    values = _object(config, "quantization")
     if not values:
-        method = (config.get("quantization_config") or {}).get("quant_method")
+        method = _object(config, "quantization_config").get("quant_method")
         if method is None:
             return None
         raise ModelUnreadable(

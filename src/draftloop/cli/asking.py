@@ -12,7 +12,7 @@ from draftloop.cli import options
 from draftloop.cli.progress import Bars, waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     import typer
 
@@ -57,7 +57,6 @@ class AnswerOptions:
 
 def read_options(
     context: typer.Context,
-    flags: Mapping[str, float | None],
     *,
     system: str | None,
     stop: list[str] | None,
@@ -69,7 +68,7 @@ def read_options(
     Raises:
         InputError: a flag is wrong, or contradicts another one.
     """
-    drafts = flags.get("--num-draft-tokens") is not None
+    drafts = "--num-draft-tokens" in options.flags_given(context)
     options.refuse_together(
         {"--no-speculation": no_speculation, "--num-draft-tokens": drafts},
         "Without speculation nothing is drafted.",
@@ -77,7 +76,7 @@ def read_options(
     stops = options.check_stops(stop)
     if system is not None:
         options.check_text(system, "--system")
-    config = options.load_settings(context, flags).config
+    config = options.load_settings(context).config
     return AnswerOptions(
         config=config,
         system=(config.chat.system_message or "") if system is None else system,
@@ -87,19 +86,19 @@ def read_options(
     )
 
 
-def prepare_models(config: Config) -> Prepared:
-    """Get both models onto this machine, with bars, and check that they fit."""
+def prepare_models(asked: AnswerOptions) -> Prepared:
+    """Get the models onto this machine, with bars, and check that they fit; no draft where none is asked."""
     with waiting("preparing the models"):
         from draftloop.loading import prepare
-    return prepare(config, Bars())
+    return prepare(asked.config, Bars(), with_draft=asked.with_draft)
 
 
-def load_models(config: Config, prepared: Prepared, *, with_draft: bool) -> Engine:
+def load_models(config: Config, prepared: Prepared) -> Engine:
     """Load what `prepare_models` found."""
     from draftloop.loading import load_prepared
 
     with waiting("loading the models"):
-        return load_prepared(config, prepared, with_draft=with_draft)
+        return load_prepared(config, prepared)
 
 
 def framed(system: str, turns: Sequence[Message]) -> list[Message]:

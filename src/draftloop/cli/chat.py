@@ -17,10 +17,10 @@ import typer
 from draftloop.cli import options
 from draftloop.cli.answer import AnswerWriter, watch
 from draftloop.cli.asking import AnswerOptions, framed, load_models, prepare_models, read_options
-from draftloop.cli.console import say, say_error
+from draftloop.cli.console import say, say_error, say_failure
 from draftloop.cli.figures import completion_line, speed_line, total
 from draftloop.cli.prompts import read_turns
-from draftloop.errors import ContextFull, DraftloopError, InputError
+from draftloop.errors import ContextFull, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +35,7 @@ HELP = """\
 /system TEXT    set the system message and forget the conversation; without TEXT, show it
 /help           this list
 /quit           leave (so does Ctrl-D)
+//TEXT          send /TEXT to the models: a message that begins with a slash
 Ctrl-C stops an answer."""
 
 
@@ -55,17 +56,8 @@ def chat(
     color: options.Color = False,
 ) -> None:
     """Talk with the pair."""
-    flags = {
-        "--max-tokens": max_tokens,
-        "--min-tokens": min_tokens,
-        "--temperature": temperature,
-        "--top-p": top_p,
-        "--top-k": top_k,
-        "--min-p": min_p,
-        "--num-draft-tokens": num_draft_tokens,
-    }
-    asked = read_options(context, flags, system=system, stop=stop, seed=seed, no_speculation=no_speculation)
-    engine = load_models(asked.config, prepare_models(asked.config), with_draft=asked.with_draft)
+    asked = read_options(context, system=system, stop=stop, seed=seed, no_speculation=no_speculation)
+    engine = load_models(asked.config, prepare_models(asked))
     loop = ChatLoop(engine, asked, AnswerWriter(color=color))
     if sys.stdin.isatty():
         loop.run_interactively()
@@ -86,6 +78,7 @@ class ChatLoop:
         self._turns: list[Message] = []
         self._conversation = engine.open_conversation()
         self._completions: list[Completion] = []
+        self._interactive = False
 
     def run_interactively(self) -> None:
         """Read turns from a terminal until the user leaves."""
@@ -93,6 +86,7 @@ class ChatLoop:
             import readline  # noqa: F401  # input() edits lines and remembers them once it is loaded
         say("Write a message. /help lists the commands, Ctrl-D leaves.")
         self._writer.legend()
+        self._interactive = True
         # The second of two Ctrl-C may come at any moment, for example while the hint is written.
         with contextlib.suppress(KeyboardInterrupt):
             self._read_terminal()
@@ -130,21 +124,38 @@ class ChatLoop:
     def _take_safely(self, line: str) -> int:
         try:
             self._take(line.strip())
-        except DraftloopError as error:
+        except ContextFull as error:
             remedy = "Forget the conversation with /clear, or raise models.target.max_kv_cache_tokens."
-            say_error(f"{error.what}. {remedy if isinstance(error, ContextFull) else error.remedy}")
-            if not isinstance(error, InputError):
-                # The work broke off in the middle of a round: what the caches hold is not known.
-                self._conversation = self._engine.open_conversation()
+            say_error(f"{error.what}. {remedy}")
             return error.exit_status
-        return 0
+        except InputError as error:
+            return say_failure(error)
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            exit_status = say_failure(error)
+        else:
+            return 0
+        # Here, and not above, where the error's traceback still holds the old caches' memory.
+        self._renew_caches()
+        return exit_status
+
+    def _renew_caches(self) -> None:
+        """Begin with empty caches: work broke off in the middle of a round, and what they hold is unknown.
+
+        The messages stay; the next turn reads them again.
+        """
+        del self._conversation
+        self._conversation = self._engine.open_conversation()
 
     def _take(self, text: str) -> None:
         """One line: a command, a message, or nothing."""
         if not text:
             return
         command, _, rest = text.partition(" ")
-        if command == "/help":
+        if text.startswith("//"):
+            self._answer(options.check_text(text[1:], "the message"))
+        elif command == "/help":
             say(HELP)
         elif command == "/clear":
             self._clear()
@@ -169,10 +180,17 @@ class ChatLoop:
             said.append(piece)
             self._writer.text(piece, kind)
 
-        with _interrupt_as_flag() as stop_wanted:
-            events = self._engine.stream(self._asked.request(tokens), self._conversation)
-            completion = watch(events, show, stop_wanted.is_set)
-        self._writer.end()
+        try:
+            with _interrupt_as_flag() as stop_wanted:
+                events = self._engine.stream(self._asked.request(tokens), self._conversation)
+                completion = watch(events, show, stop_wanted.is_set)
+        except KeyboardInterrupt:
+            self._renew_caches()
+            raise
+        finally:
+            self._writer.end()
+        if completion is None and not self._interactive:
+            raise KeyboardInterrupt
         if completion is None and not said:
             say("(stopped before a word; your message is forgotten)")
             return
@@ -231,9 +249,18 @@ def _ask() -> str:
 
 @contextlib.contextmanager
 def _interrupt_as_flag() -> Iterator[threading.Event]:
-    """Ctrl-C sets the flag inside the block, so that it never ends a model's forward pass midway."""
+    """Ctrl-C sets the flag inside the block, so that it does not end a model's forward pass midway.
+
+    A second one does, for those who will not wait.
+    """
     flag = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: flag.set())
+
+    def stop(*_: object) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    before = signal.signal(signal.SIGINT, stop)
     try:
         yield flag
     finally:

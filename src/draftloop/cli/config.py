@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from draftloop.cli.console import new_table, out_console, say_error, write, write_json
-from draftloop.cli.memory_table import memory_table
+from draftloop.cli.memory_table import memory_figures, memory_table
 from draftloop.cli.options import AsJson, load_settings
 from draftloop.cli.progress import waiting
-from draftloop.errors import DraftloopError, MemoryPlanError
+from draftloop.errors import DraftloopError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,15 +74,11 @@ class _Failures:
         try:
             action()
         except DraftloopError as error:
-            say_error(first_line(error))
+            # Without the plan of a MemoryPlanError: it has been shown as a table.
+            say_error(str(error))
             self.exit_status = max(self.exit_status, error.exit_status)
             return False
         return True
-
-
-def first_line(error: DraftloopError) -> str:
-    """The error without the memory plan, which has been shown as a table."""
-    return str(error).split("\n", maxsplit=1)[0] if isinstance(error, MemoryPlanError) else str(error)
 
 
 def _check_name(role: str, config: Config, failures: _Failures) -> bool:
@@ -122,7 +118,7 @@ def _check_pair(config: Config, failures: _Failures) -> None:
     plan, capabilities = prepared[0].plan, prepared[0].backend.capabilities()
     write("ok       tokenizers agree\n")
     write(f"ok       backend: {capabilities.backend} {capabilities.version} on {capabilities.device}\n\n")
-    out_console().print(memory_table(plan))
+    out_console().print(memory_table(memory_figures(plan)))
     write("\n")
     if failures.attempt(plan.check_generation):
         write("ok       memory for generating\n")

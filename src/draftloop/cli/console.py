@@ -10,11 +10,15 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
+from draftloop.errors import DraftloopError, MemoryPlanError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rich.console import Console
     from rich.table import Table
+
+logger = logging.getLogger(__name__)
 
 PIPE_WIDTH = 500
 """Columns of a table that no terminal shows: wide enough that nothing is cut."""
@@ -50,6 +54,28 @@ def say(text: str) -> None:
 def say_error(text: str) -> None:
     """Write one line that begins with `error:` to stderr, whatever the text holds."""
     say(f"error: {' '.join(text.splitlines())}")
+
+
+def say_failure(error: Exception) -> int:
+    """Say in one line what failed, with a memory plan below it; at `DEBUG` also where it failed.
+
+    Returns:
+        The exit status that tells of it.
+    """
+    if isinstance(error, DraftloopError):
+        say_error(str(error))
+        exit_status = error.exit_status
+    else:
+        say_error(
+            f"unexpected {type(error).__name__}: {error}. "
+            "Run with --set logging.level=DEBUG for the traceback."
+        )
+        exit_status = 1
+    if isinstance(error, MemoryPlanError) and error.details:
+        say(error.details)
+    if exit_status == 1:
+        logger.debug("where it was raised", exc_info=error)
+    return exit_status
 
 
 def new_table(*columns: str) -> Table:

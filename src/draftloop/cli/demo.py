@@ -72,15 +72,10 @@ def demo(
     num_draft_tokens: options.NumDraftTokens = None,
 ) -> None:
     """Watch the pair at work, and see what it gains on this machine."""
-    flags = {
-        "--max-tokens": max_tokens,
-        "--num-draft-tokens": num_draft_tokens,
-        "--temperature": 0.0,
-    }
-    loaded = options.load_settings(context, flags)
+    loaded = options.load_settings(context, {"--temperature": 0.0})
     config = _with_pair(loaded, models or _default_choice(context, loaded))
-    engine = load_models(config, prepare_models(config), with_draft=True)
     asked = AnswerOptions(config=config, system=config.chat.system_message or "", seed=0)
+    engine = load_models(config, prepare_models(asked))
     device = engine.backend.capabilities().device
     write(f"target {config.models.target.name}\ndraft  {config.models.draft.name}\non     {device}\n")
     results = _run(engine, asked)

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from draftloop.cli.console import new_table, out_console, say_error, write, write_json
+from draftloop.cli.memory_table import memory_table
 from draftloop.cli.options import AsJson, load_settings
 from draftloop.cli.progress import format_bytes, waiting
 
@@ -61,6 +62,10 @@ def _show(facts: Facts) -> None:
         table.add_row(label, value)
     out_console().print(table)
     write("\n")
+    pair = facts["pair"]
+    if pair is not None and pair["memory"] is not None:
+        out_console().print(memory_table(pair["memory"]))
+        write("\n")
     for problem in facts["problems"]:
         say_error(problem)
     if facts["usable"]:
@@ -96,9 +101,4 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
 def _memory_row(pair: Facts | None) -> str:
     if pair is None:
         return "known once both models are here"
-    plan = pair["memory"]
-    if plan is None:
-        return "none: the models do not go together, see below"
-    generating, training = format_bytes(plan["generation_bytes"]), format_bytes(plan["training_bytes"])
-    verdicts = ["fits" if plan[f"{work}_fits"] else "does not fit" for work in ("generation", "training")]
-    return f"generating {generating} ({verdicts[0]}), training the draft {training} ({verdicts[1]})"
+    return "see below" if pair["memory"] else "none: the models do not go together, see below"

@@ -114,7 +114,7 @@ def pair_facts(config: Config) -> Facts:
     try:
         plan.check_generation()
     except DraftloopError as error:
-        return {"memory": memory_figures(plan), "error": str(error).split("\n", maxsplit=1)[0]}
+        return {"memory": memory_figures(plan), "error": str(error)}
     return {"memory": memory_figures(plan), "error": None}
 
 

@@ -83,20 +83,11 @@ def generate(
     options.refuse_together({"PROMPT": prompt, "--prompts": prompts_file}, "Give one of them.")
     options.refuse_together({"--raw": raw, "--system": system is not None}, "--raw uses no chat template.")
     options.refuse_together({"--json": as_json, "--color": color}, "JSON has no colours.")
-    flags = {
-        "--max-tokens": max_tokens,
-        "--min-tokens": min_tokens,
-        "--temperature": temperature,
-        "--top-p": top_p,
-        "--top-k": top_k,
-        "--min-p": min_p,
-        "--num-draft-tokens": num_draft_tokens,
-    }
-    asked = read_options(context, flags, system=system, stop=stop, seed=seed, no_speculation=no_speculation)
+    asked = read_options(context, system=system, stop=stop, seed=seed, no_speculation=no_speculation)
     prompts = [read_prompt(prompt)] if prompts_file is None else read_prompts(prompts_file)
-    prepared = prepare_models(asked.config)
+    prepared = prepare_models(asked)
     requests = [_request(asked, prepared.tokenizer, prompt, raw=raw) for prompt in prompts]
-    engine = load_models(asked.config, prepared, with_draft=asked.with_draft)
+    engine = load_models(asked.config, prepared)
     display = _Display(as_json, not as_json if stats is None else stats, color)
     if prompts_file is None:
         _answer_one(engine, asked, requests[0], display)
@@ -110,7 +101,7 @@ def _request(asked: AnswerOptions, tokenizer: Tokenizer, prompt: Prompt, *, raw:
     from draftloop.speculation.stream import check_fits
 
     if raw:
-        tokens = tokenizer.encode(prompt.text)
+        tokens = tokenizer.encode(prompt.text, add_special_tokens=True)
     else:
         system = asked.system if prompt.system is None else prompt.system
         tokens = tokenizer.chat_tokens(framed(system, [Message("user", prompt.text)]))

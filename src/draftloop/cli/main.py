@@ -6,7 +6,6 @@ a failure is one line on stderr. Commands import what is heavy when they run, so
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path  # noqa: TC003  # typer reads annotations when it runs
@@ -15,24 +14,26 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from draftloop.cli import chat, config, demo, doctor, generate, models
-from draftloop.cli.console import say, say_error, write
+from draftloop.cli.console import say, say_error, say_failure, write
 from draftloop.cli.options import GlobalOptions
-from draftloop.errors import DraftloopError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+PROGRAM = "draftloop"
 INTERRUPTED, READER_GONE = 130, 141
 """What a shell reports of a program that SIGINT or SIGPIPE ended."""
-
-logger = logging.getLogger(__name__)
 
 
 def main() -> None:
     """Run the command in `sys.argv` and leave with its exit status."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character gets a mark for it, not a crash.
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if stream.isatty():
+            # A terminal that cannot show a character gets a mark for it, not a crash.
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        else:
+            # A file or a pipe holds every character. The bytes of a path that is not UTF-8 are spelt out.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(run(sys.argv[1:]))
 
 
@@ -40,17 +41,13 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit status. Nothing is raised but SystemExit by the interpreter."""
     try:
         command = typer.main.get_command(build_app())
-        with command.make_context("draftloop", list(arguments)) as context:
+        with command.make_context(PROGRAM, list(arguments)) as context:
             command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as exit_:
         return exit_.exit_code
-    except DraftloopError as error:
-        say_error(str(error))
-        logger.debug("where it was raised", exc_info=error.exit_status == 1)
-        return error.exit_status
     except typer.TyperException as error:
-        say_error(_usage(error.format_message(), arguments))
+        say_error(_usage(error))
         return 2
     except KeyboardInterrupt:
         say("")
@@ -60,12 +57,7 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
     except Exception as error:
-        say_error(
-            f"unexpected {type(error).__name__}: {error}. "
-            "Run with --set logging.level=DEBUG for the traceback."
-        )
-        logger.debug("where it was raised", exc_info=True)
-        return 1
+        return say_failure(error)
     return 0
 
 
@@ -118,12 +110,13 @@ def _global_options(
         raise typer.Exit
 
 
-def _usage(message: str, arguments: Sequence[str]) -> str:
+def _usage(error: typer.TyperException) -> str:
     """A usage error in the form of every other error, with the remedy that fits."""
-    message = message.rstrip(".")
-    command = next((word for word in arguments if not word.startswith("-")), "")
+    message = error.format_message().rstrip(".")
+    context: typer.Context | None = getattr(error, "ctx", None)
+    command = PROGRAM if context is None else context.command_path
     option = message.partition("No such option: ")[2].partition(" ")[0]
-    if command and option in ("--config", "--set", "--version"):
+    if command != PROGRAM and option in ("--config", "--set", "--version"):
         remedy = "Global options stand before the command: draftloop --config FILE generate"
         return f"No such option here: {option}. {remedy}."
-    return f"{message}. See draftloop {command} --help." if command else f"{message}. See draftloop --help."
+    return f"{message}. See {command} --help."

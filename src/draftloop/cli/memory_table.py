@@ -11,28 +11,30 @@ from draftloop.cli.console import new_table
 from draftloop.cli.progress import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.table import Table
 
     from draftloop.models.memory import MemoryPlan
 
+WORKS = ("generation", "training")
 
-def memory_table(plan: MemoryPlan) -> Table:
-    """A line for each part; the last lines hold the totals and what there is."""
+
+def memory_table(figures: Mapping[str, Any]) -> Table:
+    """A line for each part of `memory_figures`; the last lines hold the totals and what there is."""
     table = new_table("memory", "generating >", "training the draft >")
-    for part in plan.parts:
-        size = format_bytes(part.num_bytes)
-        table.add_row(part.label, size if part.in_generation else "", size if part.in_training else "")
+    for part in figures["parts"]:
+        size = format_bytes(part["bytes"])
+        table.add_row(part["part"], *(size if part[work] else "" for work in ("generating", "training")))
     table.add_section()
-    table.add_row("needed", format_bytes(plan.generation_bytes), format_bytes(plan.training_bytes))
-    available = format_bytes(plan.available_bytes)
-    table.add_row("available", available, available)
-    fits = [needed <= plan.available_bytes for needed in (plan.generation_bytes, plan.training_bytes)]
-    table.add_row("verdict", *("fits" if fit else "does not fit" for fit in fits))
+    table.add_row("needed", *(format_bytes(figures[f"{work}_bytes"]) for work in WORKS))
+    table.add_row("available", *(format_bytes(figures["available_bytes"]) for _ in WORKS))
+    table.add_row("verdict", *("fits" if figures[f"{work}_fits"] else "does not fit" for work in WORKS))
     return table
 
 
 def memory_figures(plan: MemoryPlan) -> dict[str, Any]:
-    """The same for JSON, in bytes."""
+    """The plan as plain facts, in bytes."""
     return {
         "parts": [
             {

@@ -87,12 +87,18 @@ class GlobalOptions:
     overrides: tuple[str, ...] = field(default=())
 
 
-def load_settings(context: typer.Context, flags: Mapping[str, float | None] | None = None) -> LoadedConfig:
+def flags_given(context: typer.Context) -> dict[str, float]:
+    """The flags of `FLAG_KEYS` that the command has and that were given (or have a default), by name."""
+    values = {flag: context.params.get(flag.strip("-").replace("-", "_")) for flag in FLAG_KEYS}
+    return {flag: value for flag, value in values.items() if value is not None}
+
+
+def load_settings(context: typer.Context, forced: Mapping[str, float] | None = None) -> LoadedConfig:
     """Read the settings with the command's flags over them; let `logging.level` act; say the notices.
 
     Args:
-        context: of the command; carries the global options.
-        flags: values by flag (a key of `FLAG_KEYS`); None means not given.
+        context: of the command; carries the global options and the flags.
+        forced: flags (keys of `FLAG_KEYS`) that the command itself sets.
 
     Raises:
         ConfigError: names the flag or the key.
@@ -100,7 +106,7 @@ def load_settings(context: typer.Context, flags: Mapping[str, float | None] | No
     from draftloop.config import load_config
 
     options: GlobalOptions = context.find_object(GlobalOptions) or GlobalOptions()
-    given = {flag: value for flag, value in (flags or {}).items() if value is not None}
+    given = {**flags_given(context), **(forced or {})}
     overrides = [*options.overrides, *(f"{FLAG_KEYS[flag]}={value}" for flag, value in given.items())]
     try:
         loaded = load_config(options.config_files, overrides)

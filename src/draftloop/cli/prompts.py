@@ -112,16 +112,21 @@ def decode_utf8(data: bytes, where: str) -> str:
 def _is_prompt_object(line: str) -> bool:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and "prompt" in value
 
 
 def _parse(line: str, where: str) -> Prompt:
     try:
-        values = json.loads(line)
+        return _from_json(json.loads(line), where)
+    except RecursionError:
+        raise PromptError(f"{where} is nested too deep", remedy=_LINE) from None
     except ValueError as error:
         raise PromptError(f"{where} is not JSON: {error}", remedy=_LINE) from None
+
+
+def _from_json(values: Any, where: str) -> Prompt:
     if not isinstance(values, dict):
         raise PromptError(f"{where} is not a JSON object", remedy=_LINE)
     if "prompt" not in values:

@@ -29,6 +29,9 @@ DEFAULT_FILE = Path("configs/config.yaml")
 
 STORAGE_KEY = "storage.directory"
 
+WAITING_VALUES = {("speculative.acceptance_threshold", "auto"): "collect"}
+"""Values that wait for a later command, of settings that act already."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
@@ -100,7 +103,8 @@ def _notices(config: Config, origins: Mapping[str, Origin]) -> tuple[str, ...]:
         f"{key} = {_shown(values[key])} ({origins[key]}) is kept for `{command}`, "
         "which this version does not have yet"
         for key, field in fields.items()
-        if (command := acts_in(field)) and values[key] != defaults[key]
+        if values[key] != defaults[key]
+        and (command := acts_in(field) or WAITING_VALUES.get((key, values[key])))
     )
 
 

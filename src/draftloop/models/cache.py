@@ -1,12 +1,13 @@
 """Draftloop's own cache of models: where it is, room on the disk, locks, and writes that appear whole.
 
-Contract: nothing half-written is ever found under its final name, and two processes that want the same
-thing wait for each other. Must not know what is stored.
+Contract: nothing half-written is ever found under its final name, two processes that want the same thing
+wait for each other, and what a killed one left is taken away by the next. Must not know what is stored.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import sys
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from draftloop.errors import StorageError
+from draftloop.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,15 +26,26 @@ SPARE_BYTES = 64 << 20
 
 
 def cache_root() -> Path:
-    """`$DRAFTLOOP_CACHE`, else the place this system keeps caches in."""
+    """`$DRAFTLOOP_CACHE`, else the place this system keeps caches in.
+
+    Raises:
+        InputError: it stands below a home folder that does not exist.
+    """
     own, xdg = os.environ.get("DRAFTLOOP_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser()
-    if xdg:
-        return Path(xdg).expanduser() / "draftloop"
+    try:
+        if own:
+            return Path(own).expanduser()
+        if xdg:
+            return Path(xdg).expanduser() / "draftloop"
+        home = Path.home()
+    except RuntimeError as error:
+        raise InputError(
+            f"There is no home folder for the cache {own or xdg or '~'}",
+            remedy="Set DRAFTLOOP_CACHE to a folder.",
+        ) from error
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "draftloop"
-    return Path.home() / ".cache" / "draftloop"
+        return home / "Library" / "Caches" / "draftloop"
+    return home / ".cache" / "draftloop"
 
 
 @contextmanager
@@ -94,18 +106,35 @@ def exclusive(path: Path) -> Iterator[None]:
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
 
-    If `path` has come into being meanwhile, it is kept: both hold the same.
+    The caller holds a lock for `path`, so temporary folders of the same name are what a killed process left;
+    they are removed. If `path` has come into being meanwhile, it is kept: both hold the same.
     """
     make_folder(path.parent)
+    prefix = f".{path.name}."
     with storage_errors(f"writing {path}"):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        remove_folders(path.parent, prefix)
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
         try:
             yield temporary
             temporary.chmod(0o755)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _flush(file)
             if not path.exists():
                 temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folders(parent: Path, prefix: str) -> None:
+    """Remove the folders in `parent` whose names begin with `prefix`; files stay.
+
+    Raises:
+        OSError: one of them cannot be removed.
+    """
+    for folder in parent.iterdir():
+        if folder.name.startswith(prefix) and folder.is_dir():
+            shutil.rmtree(folder)
 
 
 @contextmanager
@@ -115,8 +144,29 @@ def new_file(path: Path) -> Iterator[Path]:
     with storage_errors(f"writing {path}"):
         try:
             yield partial
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
+            _flush(partial)
             partial.rename(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A small file of our own; one that is absent or damaged counts as empty, for it can be made again."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_json(path: Path, value: dict[str, object]) -> None:
+    """Write a small file of our own, whole or not at all."""
+    make_folder(path.parent)
+    with exclusive(path), new_file(path) as partial:
+        partial.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _flush(file: Path) -> None:
+    """Bring the content to the disk before the name: after a loss of power a name must not hold zeros."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from draftloop.backends.architecture import Architecture, read_architecture
+from draftloop.backends.architecture import Architecture, read_architecture, tensor_shapes
 from draftloop.errors import ModelUnreadable
 from draftloop.models.safetensors_file import TensorSpec, read_head
 
@@ -50,62 +50,72 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
+def damaged_files(folder: Path) -> list[str]:
+    """Names of the files of `folder` that a new download would mend: unreadable JSON, broken shards."""
+    return sorted(file.name for file in folder.iterdir() if _is_damaged(file))
+
+
+def has_every_file(folder: Path) -> bool:
+    """Whether config, tokenizer and every shard are there, damaged or not."""
+    try:
+        shards = list(_shard_places(folder)[1])
+    except ModelUnreadable:
+        return (folder / _INDEX).is_file()
+    names = ["config.json", "tokenizer.json", *shards]
+    return bool(shards) and all((folder / name).is_file() for name in names)
+
+
 def expected_tensors(architecture: Architecture) -> dict[str, TensorSpec]:
     """Every tensor that a checkpoint of `architecture` must hold; a dense one's dtype is given as BF16."""
-    expected = {"model.norm.weight": TensorSpec("BF16", (architecture.hidden_size,))}
-    table = (architecture.vocab_size, architecture.hidden_size)
-    expected |= _linear("model.embed_tokens", table, architecture)
-    if not architecture.tied_embeddings:
-        expected |= _linear("lm_head", table, architecture)
-    for layer in range(architecture.num_layers):
-        expected |= _layer(f"model.layers.{layer}", architecture)
+    quantization = architecture.quantization
+    expected = {}
+    for name, shape in tensor_shapes(architecture).items():
+        if quantization is None or len(shape) == 1:
+            expected[name] = TensorSpec("BF16", shape)
+            continue
+        module, (rows, width) = name.removesuffix(".weight"), shape
+        groups = TensorSpec("BF16", (rows, width // quantization.group_size))
+        expected[name] = TensorSpec("U32", (rows, width * quantization.bits // _WORD_BITS))
+        expected[f"{module}.scales"] = expected[f"{module}.biases"] = groups
     return expected
 
 
-def _layer(prefix: str, architecture: Architecture) -> dict[str, TensorSpec]:
-    norm = TensorSpec("BF16", (architecture.hidden_size,))
-    tensors = {f"{prefix}.{name}.weight": norm for name in ("input_layernorm", "post_attention_layernorm")}
-    for name, shape in architecture.linear_shapes.items():
-        block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-        tensors |= _linear(f"{prefix}.{block}.{name}", shape, architecture)
-        if architecture.attention_bias and name in ("q_proj", "k_proj", "v_proj"):
-            tensors[f"{prefix}.{block}.{name}.bias"] = TensorSpec("BF16", shape[:1])
-    if architecture.qk_norm:
-        for name in ("q_norm", "k_norm"):
-            tensors[f"{prefix}.self_attn.{name}.weight"] = TensorSpec("BF16", (architecture.head_dim,))
-    return tensors
-
-
-def _linear(module: str, shape: tuple[int, int], architecture: Architecture) -> dict[str, TensorSpec]:
-    quantization = architecture.quantization
-    if quantization is None:
-        return {f"{module}.weight": TensorSpec("BF16", shape)}
-    rows, width = shape
-    groups = TensorSpec("BF16", (rows, width // quantization.group_size))
-    return {
-        f"{module}.weight": TensorSpec("U32", (rows, width * quantization.bits // _WORD_BITS)),
-        f"{module}.scales": groups,
-        f"{module}.biases": groups,
-    }
+def _is_damaged(file: Path) -> bool:
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".safetensors":
+            read_head(file)
+    except (OSError, ValueError, RecursionError, ModelUnreadable):
+        return True
+    return False
 
 
 def _read_heads(folder: Path) -> dict[str, TensorSpec]:
-    index = folder / _INDEX
-    if not index.exists():
-        shards = sorted(folder.glob("*.safetensors"))
-        if not shards:
-            raise ModelUnreadable(f"{folder} has no *.safetensors file", remedy=_REMEDY)
-        return {name: spec for shard in shards for name, spec in read_head(shard).items()}
-    try:
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shard_names = sorted(set(places.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelUnreadable(f"{index} cannot be read: {error}", remedy=_REMEDY) from error
-    tensors = {name: spec for shard in shard_names for name, spec in read_head(folder / shard).items()}
+    places, shards = _shard_places(folder)
+    tensors = {name: spec for shard in shards for name, spec in read_head(folder / shard).items()}
     for name, shard in places.items():
         if name not in tensors:
             raise ModelUnreadable(f"{folder / shard} lacks {name}, which the index promises", remedy=_REMEDY)
     return tensors
+
+
+def _shard_places(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Which shard the index promises each tensor in (nothing without an index), and the shards' names."""
+    index = folder / _INDEX
+    if not index.exists():
+        shards = sorted(shard.name for shard in folder.glob("*.safetensors"))
+        if not shards:
+            raise ModelUnreadable(f"{folder} has no *.safetensors file", remedy=_REMEDY)
+        return {}, shards
+    try:
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(places.values()))
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("a shard's name is no text")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelUnreadable(f"{index} cannot be read: {error}", remedy=_REMEDY) from error
+    return places, names
 
 
 def _check_tensors(folder: Path, architecture: Architecture, found: Mapping[str, TensorSpec]) -> None:

@@ -18,7 +18,6 @@ import numpy as np
 from draftloop.errors import ModelUnreadable
 from draftloop.models.affine import BITS, GROUP_SIZE, AffineRows, dequantize_blocks, encode_blocks
 from draftloop.models.gguf_config import generation_config, hf_config, hf_name
-from draftloop.models.gguf_file import GgufFile, GgufTensor, read_gguf
 from draftloop.models.gguf_tokenizer import write_tokenizer
 from draftloop.models.safetensors_file import SafetensorsWriter, TensorSpec
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from draftloop.models.gguf_file import GgufFile, GgufTensor
     from draftloop.models.progress import Progress, Task
 
 CONVERTER_VERSION = 1
@@ -42,14 +42,14 @@ _SAME_MATRIX_ERROR = 0.2
 0.074 for Q4_K against Q6_K); two different matrices differ by more than 1."""
 
 
-def convert_gguf(path: Path, folder: Path, progress: Progress) -> None:
-    """Write `path`'s model into the existing, empty `folder`.
+def convert_gguf(gguf: GgufFile, folder: Path, progress: Progress) -> None:
+    """Write the model of `gguf`, whose head has been read, into the existing, empty `folder`.
 
     Raises:
         ModelUnreadable: the file is damaged, or describes what no backend runs.
         OSError: `folder` cannot be written.
     """
-    gguf = read_gguf(path)
+    path = gguf.path
     if _EMBEDDING not in gguf.tensors:
         raise ModelUnreadable(
             f"{path} has no {_EMBEDDING}", remedy="Choose a GGUF file of a whole language model."
@@ -81,15 +81,11 @@ def convert_gguf(path: Path, folder: Path, progress: Progress) -> None:
                 writer.write(part, values)
 
 
-def converted_bytes(path: Path) -> int:
-    """How large the folder for `path` will be, the tokenizer apart.
-
-    Raises:
-        ModelUnreadable: the file is damaged.
-    """
-    gguf = read_gguf(path)
-    specs = [s for t in gguf.tensors.values() for s in _specs(t.name, t).values() if t.name != _ROPE]
-    return sum(spec.num_bytes for spec in specs)
+def converted_bytes(gguf: GgufFile) -> int:
+    """How large the folder for `gguf` will be, the tokenizer apart."""
+    # A tensor of three dimensions has no place in the folder: the conversion refuses it by name.
+    kept = [tensor for name, tensor in gguf.tensors.items() if name != _ROPE and len(tensor.shape) <= 2]
+    return sum(spec.num_bytes for tensor in kept for spec in _specs(tensor.name, tensor).values())
 
 
 def _is_tied(gguf: GgufFile) -> bool:

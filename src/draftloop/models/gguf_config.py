@@ -84,6 +84,9 @@ def hf_config(
             "attention_bias": "blk.0.attn_q.bias" in tensor_names,
             "tie_word_embeddings": tied,
         }
+        window = int(metadata.get(f"{architecture}.attention.sliding_window", 0))
+        if window:
+            config["sliding_window"] = window
         scaling = _rope_scaling(metadata, architecture, config, rope_factors)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ModelUnreadable(f"the GGUF file lacks or misstates {error}", remedy=_REMEDY) from error

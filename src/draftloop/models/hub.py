@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
+import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from draftloop.backends.architecture import read_architecture
 from draftloop.errors import DownloadError, DraftloopError, ModelNotFound, ModelUnreadable
 from draftloop.models.cache import require_space, storage_errors
-from draftloop.models.folder import check_folder
+from draftloop.models.folder import check_folder, damaged_files, has_every_file
+from draftloop.models.progress import SilentProgress
 
 if TYPE_CHECKING:
     from draftloop.models.progress import Progress, Task
+
+logger = logging.getLogger(__name__)
 
 PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 _TIMEOUT_S = 10.0
@@ -28,17 +34,22 @@ _OFFLINE_REMEDY = (
 _BYTES_BAR = "huggingface_hub.snapshot_download"
 """The library's name of the bar that counts finished bytes of all files."""
 
+_CONFIG = "config.json"
+
 
 def find_cached(repo: str) -> Path | None:
-    """The folder of `repo` where the cache holds it whole; the network is not used."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    """The checked folder of `repo` where the cache holds all its files; the network is not used.
 
-    try:
-        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=PATTERNS))
-        check_folder(folder)
-    except (LocalEntryNotFoundError, HFValidationError, ModelUnreadable):
+    Raises:
+        ModelUnreadable: the files are damaged, or describe a model that no backend runs.
+    """
+    folder = _snapshot(repo, PATTERNS) or _snapshot(repo, [_CONFIG])
+    if folder is None or not (folder / _CONFIG).is_file():
         return None
+    read_architecture(folder)  # a model that is refused need not be completed
+    if not has_every_file(folder):
+        return None
+    check_folder(folder)
     return folder
 
 
@@ -71,26 +82,67 @@ def download_bytes(repo: str) -> int:
 
 
 def download(repo: str, progress: Progress) -> Path:
-    """The folder of `repo`, with what is missing or newer on the Hub downloaded.
+    """The checked folder of `repo`, with what is missing, damaged, or newer on the Hub downloaded.
 
     Raises:
         ModelNotFound: the Hub does not show such a repository.
+        ModelUnreadable: no backend runs the model; its weights are not downloaded.
         DownloadError: the Hub cannot be reached, or the connection broke; the next try goes on.
         StorageError: the disk is full.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants
 
     missing_bytes = download_bytes(repo)
+    _refuse_unsupported(repo)
     cache = Path(constants.HF_HUB_CACHE)
     with storage_errors(f"creating {cache}"):
         cache.mkdir(parents=True, exist_ok=True)
     require_space(cache, missing_bytes, f"Downloading {repo}")
     with progress.task(f"Downloading {repo}", missing_bytes) as task:
+        folder = _fetch(repo, task, allow_patterns=PATTERNS)
+    damaged = damaged_files(folder)
+    if damaged:
+        logger.warning("%s of %s cannot be read; downloading again", ", ".join(damaged), repo)
+        num_bytes = sum((folder / name).stat().st_size for name in damaged)
+        with progress.task(f"Downloading {repo} again", num_bytes) as task:
+            folder = _fetch(repo, task, allow_patterns=damaged, force_download=True)
+    check_folder(folder)
+    return folder
+
+
+def _snapshot(repo: str, patterns: list[str]) -> Path | None:
+    """The cached folder in which files of `patterns` lie, as far as the library knows all of them."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, local_files_only=True, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _fetch(repo: str, task: Task, **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, tqdm_class=_bar_class(task), **options))
+    except _hub_errors() as error:
+        raise _explained(repo, error, began=True) from error
+
+
+def _refuse_unsupported(repo: str) -> None:
+    """Look at the Hub's config.json before gigabytes are downloaded.
+
+    It is laid beside the cache: there it would make a refused revision the current one.
+    """
+    with storage_errors("creating a temporary folder"), tempfile.TemporaryDirectory() as temporary:
+        task = SilentProgress().task("", 0)
+        folder = _fetch(repo, task, allow_patterns=[_CONFIG], local_dir=temporary)
         try:
-            folder = snapshot_download(repo, allow_patterns=PATTERNS, tqdm_class=_bar_class(task))
-        except _hub_errors() as error:
-            raise _explained(repo, error, began=True) from error
-    return Path(folder)
+            read_architecture(folder)
+        except ModelUnreadable as error:
+            what = error.what.replace(f"{folder}/", "").replace(str(folder), "it")
+            raise ModelUnreadable(f"{repo} on the Hub cannot be used: {what}", remedy=error.remedy) from error
 
 
 def cached_repositories() -> dict[str, Path]:

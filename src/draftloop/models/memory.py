@@ -119,7 +119,8 @@ class MemoryPlan:
         if needed_bytes > self.available_bytes:
             raise MemoryPlanError(
                 f"{work} needs {_gib(needed_bytes)} of memory and {_gib(self.available_bytes)} is available",
-                remedy=f"{advice}\n{render(self)}",
+                remedy=advice,
+                details=render(self),
             )
 
 

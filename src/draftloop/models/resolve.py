@@ -7,7 +7,9 @@ Must not know backends or configuration.
 
 from __future__ import annotations
 
+import errno
 import re
+import stat
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from draftloop.errors import InputError, ModelNotFound, ModelUnreadable
 from draftloop.models import converted, hub, packages
-from draftloop.models.folder import check_folder, folder_bytes
+from draftloop.models.digests import content_sha256
+from draftloop.models.folder import check_folder, damaged_files, folder_bytes
 from draftloop.models.gguf_file import read_gguf
 from draftloop.models.progress import Progress, SilentProgress
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
     from draftloop.backends.architecture import Architecture
 
+_SHOWN_CHARACTERS = 200
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _KINDS = "a Hub repository (owner/name), a folder of safetensors, a .gguf file, or one of " + ", ".join(
     model.name for model in packages.PACKAGE_MODELS
@@ -68,39 +72,40 @@ class CachedModel:
     architecture: Architecture
 
 
-def kind_of(name: str, *, base: Path | None = None) -> Kind:
+def kind_of(name: str) -> Kind:
     """Which kind of name this is, from its form and from what lies at that path.
 
     Raises:
         ModelNotFound: a path where nothing is, or no kind of name.
+        ModelUnreadable: a path that may not be looked at.
     """
     if name.startswith(packages.PREFIX):
         return Kind.PACKAGE
     if name.startswith(converted.IMPORTED_PREFIX):
         return Kind.IMPORTED
-    path = _path(name, base)
-    if name.strip() and _is_dir(path):
+    path = _path(name)
+    mode = _mode(path)
+    if name.strip() and mode is not None and stat.S_ISDIR(mode):
         return Kind.FOLDER
     is_gguf = path.suffix.lower() == ".gguf"
-    if is_gguf and path.is_file():
+    if is_gguf and mode is not None and stat.S_ISREG(mode):
         return Kind.GGUF
     if is_gguf or name.startswith((".", "~", "/")) or path.suffix.lower() in (".safetensors", ".bin"):
-        if path.exists():
+        if mode is not None:
             raise ModelNotFound(
-                f"{path} is neither a folder nor a .gguf file", remedy=f"A model is {_KINDS}."
+                f"{_shown(path)} is neither a folder nor a .gguf file", remedy=f"A model is {_KINDS}."
             )
-        raise ModelNotFound(f"There is no model at {path}", remedy="Check the path.")
+        raise ModelNotFound(f"There is no model at {_shown(path)}", remedy="Check the path.")
     if _HUB_NAME.fullmatch(name):
         return Kind.HUB
-    raise ModelNotFound(f"{name!r} names no model", remedy=f"A model is {_KINDS}.")
+    raise ModelNotFound(f"{_shown(name)!r} names no model", remedy=f"A model is {_KINDS}.")
 
 
-def resolve(name: str, *, base: Path | None = None, progress: Progress | None = None) -> Path:
+def resolve(name: str, *, progress: Progress | None = None) -> Path:
     """A folder with config.json, *.safetensors and a tokenizer, checked; downloads and converts as needed.
 
     Args:
         name: a model's name.
-        base: what relative paths start from; the working directory by default.
         progress: is told of downloads and conversions.
 
     Raises:
@@ -109,38 +114,34 @@ def resolve(name: str, *, base: Path | None = None, progress: Progress | None = 
         DownloadError: a download failed; the next try goes on.
         StorageError: the disk is full or cannot be written.
     """
-    shown = progress or SilentProgress()
-    folder = locate(name, base=base)
-    if folder is None:
-        folder = _make(name, kind_of(name, base=base), base, shown)
-        check_folder(folder)
-    return folder
+    folder = locate(name, progress=progress)
+    return _make(name, progress or SilentProgress()) if folder is None else folder
 
 
-def locate(name: str, *, base: Path | None = None) -> Path | None:
-    """The checked folder of `name` where it is ready; None where a download or a conversion is needed.
+def locate(name: str, *, progress: Progress | None = None) -> Path | None:
+    """The checked folder of `name` where it is ready.
+
+    None where a download or a conversion is needed, also because what we made once was damaged since.
+    `progress` is told where a GGUF file must be read to know which one it is.
 
     Raises:
         ModelNotFound: the name resolves to nothing.
-        ModelUnreadable: the files are damaged.
+        ModelUnreadable: the user's files, or the Hub's, are damaged or of a kind that no backend reads.
     """
-    kind = kind_of(name, base=base)
+    kind = kind_of(name)
     if kind is Kind.HUB:
         return hub.find_cached(name)
-    if kind is Kind.FOLDER:
-        folder: Path | None = _path(name, base)
-    elif kind is Kind.PACKAGE:
-        folder = converted.find(packages.package_model(name).sha256)
-    elif kind is Kind.IMPORTED:
-        folder = converted.imported_folder(name)
-    else:
-        folder = converted.find(converted.content_sha256(_path(name, base), SilentProgress()))
-    if folder is not None:
-        check_folder(folder)
-    return folder
+    if kind is Kind.PACKAGE:
+        return converted.find(packages.package_model(name).sha256)
+    if kind is Kind.IMPORTED:
+        return converted.imported_folder(name)
+    if kind is Kind.GGUF:
+        return converted.find(content_sha256(_path(name), progress or SilentProgress()))
+    check_folder(_path(name))
+    return _path(name)
 
 
-def exists(name: str, *, base: Path | None = None) -> Availability:
+def exists(name: str) -> Availability:
     """What it takes to use `name`. For a Hub model that is not cached, the Hub is asked, briefly.
 
     Raises:
@@ -148,25 +149,28 @@ def exists(name: str, *, base: Path | None = None) -> Availability:
         ModelUnreadable: the files are damaged.
         DownloadError: the Hub cannot be reached, and the model is not cached.
     """
-    kind = kind_of(name, base=base)
-    if locate(name, base=base) is not None:
+    kind = kind_of(name)
+    if locate(name) is not None:
         return Availability.LOCAL if kind is Kind.FOLDER else Availability.CACHED
     if kind is Kind.HUB:
         hub.download_bytes(name)
         return Availability.DOWNLOADABLE
-    if kind is Kind.PACKAGE and not packages.gguf_path(packages.package_model(name)).exists():
+    if kind is Kind.PACKAGE and not packages.is_here(packages.package_model(name)):
         return Availability.DOWNLOADABLE
+    if kind is Kind.IMPORTED:
+        converted.imported_source(name, SilentProgress())
     if kind is Kind.GGUF:
-        read_gguf(_path(name, base))
+        read_gguf(_path(name))
     return Availability.NEEDS_CONVERSION
 
 
-def pull(name: str, *, base: Path | None = None, progress: Progress | None = None) -> Path:
-    """Like `resolve`, but a Hub model that is cached is brought up to date first."""
-    if kind_of(name, base=base) is not Kind.HUB:
-        return resolve(name, base=base, progress=progress)
-    folder = hub.download(name, progress or SilentProgress())
-    check_folder(folder)
+def pull(name: str, *, progress: Progress | None = None) -> Path:
+    """Like `resolve`, but a Hub model that is cached is brought up to date, and every file is looked at."""
+    shown = progress or SilentProgress()
+    kind = kind_of(name)
+    folder = None if kind is Kind.HUB else locate(name, progress=progress)
+    if folder is None or (kind is not Kind.FOLDER and damaged_files(folder)):
+        return _make(name, shown)
     return folder
 
 
@@ -177,21 +181,21 @@ def import_gguf(path: Path, name: str | None = None, progress: Progress | None =
         InputError: there is no such file, it cannot be read, or the name cannot be used.
         StorageError: the disk is full or cannot be written.
     """
-    if not path.is_file():
-        raise InputError(f"There is no file {path}", remedy="Name a .gguf file.")
+    path = _path(str(path))
+    mode = _mode(path)
+    if mode is None or not stat.S_ISREG(mode):
+        raise InputError(f"There is no file {_shown(path)}", remedy="Name a .gguf file.")
     alias = path.stem if name is None else name
     converted.check_alias(alias)
     folder = resolve_gguf(path, progress or SilentProgress())
-    full_name = converted.remember(folder, alias)
+    full_name = converted.remember(folder, alias, path)
     return _described(full_name, Kind.IMPORTED, folder)
 
 
 def resolve_gguf(path: Path, progress: Progress) -> Path:
     """The checked 4-bit folder of a GGUF file, converted where that has not been done."""
-    sha256 = converted.content_sha256(path, progress)
-    folder = converted.convert(path, sha256, str(path.absolute()), progress)
-    check_folder(folder)
-    return folder
+    sha256 = content_sha256(path, progress)
+    return converted.convert(path, sha256, str(path.absolute()), progress)
 
 
 def list_models() -> list[CachedModel]:
@@ -200,13 +204,16 @@ def list_models() -> list[CachedModel]:
 
 
 def _ready() -> Iterator[CachedModel]:
-    found = [(repo, Kind.HUB, folder) for repo, folder in hub.cached_repositories().items()]
+    found = {repo: (Kind.HUB, folder) for repo, folder in hub.cached_repositories().items()}
+    ready = {package.name: converted.find(package.sha256) for package in packages.PACKAGE_MODELS}
+    found |= {name: (Kind.PACKAGE, folder) for name, folder in ready.items() if folder is not None}
+    packaged = set(ready.values())
     for model in converted.list_converted():
-        prefix, _, _ = model.name.rpartition(":")
-        found.append(
-            (model.name, Kind(prefix) if prefix in ("package", "imported") else Kind.GGUF, model.folder)
-        )
-    for name, kind, folder in found:
+        prefix, _, _ = model.name.partition(":")
+        kind = Kind(prefix) if prefix in (Kind.PACKAGE, Kind.IMPORTED) else Kind.GGUF
+        if kind is not Kind.GGUF or model.folder not in packaged:
+            found.setdefault(model.name, (kind, model.folder))
+    for name, (kind, folder) in found.items():
         try:
             yield _described(name, kind, folder)
         except ModelUnreadable:
@@ -223,24 +230,47 @@ def _described(name: str, kind: Kind, folder: Path) -> CachedModel:
     )
 
 
-def _make(name: str, kind: Kind, base: Path | None, progress: Progress) -> Path:
+def _make(name: str, progress: Progress) -> Path:
+    """Download and convert; what is there and whole is kept."""
+    kind = kind_of(name)
     if kind is Kind.HUB:
         return hub.download(name, progress)
     if kind is Kind.PACKAGE:
         model = packages.package_model(name)
         return converted.convert(packages.download(model, progress), model.sha256, model.name, progress)
     if kind is Kind.GGUF:
-        return resolve_gguf(_path(name, base), progress)
-    raise ModelNotFound(f"{name} was removed from the cache", remedy="Import its .gguf file again.")
+        return resolve_gguf(_path(name), progress)
+    return resolve_gguf(converted.imported_source(name, progress), progress)
 
 
-def _path(name: str, base: Path | None) -> Path:
-    path = Path(name).expanduser()
-    return path if base is None else base / path
-
-
-def _is_dir(path: Path) -> bool:
+def _path(name: str) -> Path:
     try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ModelNotFound(
+            f"{_shown(name)} names no user's home folder", remedy="Check the path."
+        ) from error
+
+
+def _mode(path: Path) -> int | None:
+    """The kind of file at `path` (`stat`'s st_mode); None where nothing is.
+
+    Raises:
+        ModelUnreadable: it may not be looked at.
+    """
+    try:
+        return path.stat().st_mode
+    except ValueError:  # a NUL byte
+        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EBADF):
+            return None
+        raise ModelUnreadable(
+            f"{_shown(path)} cannot be read: {error.strerror}", remedy="Check the path and its permissions."
+        ) from error
+
+
+def _shown(name: str | Path) -> str:
+    """A name as an error shows it: not a page of it."""
+    text = str(name)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

@@ -110,7 +110,7 @@ def read_head(path: Path) -> dict[str, TensorSpec]:
         raise ModelUnreadable(f"{path} is missing", remedy=remedy) from None
     except OSError as error:
         raise ModelUnreadable(f"{path} cannot be read: {error}", remedy="Check its permissions.") from error
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelUnreadable(f"{path} has a damaged head: {error}", remedy=remedy) from error
     if end_bytes != size_bytes:
         raise ModelUnreadable(f"{path} has {size_bytes} bytes instead of {end_bytes}", remedy=remedy)

@@ -94,9 +94,16 @@ class Tokenizer:
         """
         return self._configured_eos | self._end_of_turn()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with nothing added before or after."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`, with nothing added before or after.
+
+        With `add_special_tokens` the tokenizer adds what it puts around a text of its own accord, which is
+        a BOS token for some models and nothing for others; a text that begins with BOS gets no second one.
+        """
+        token_ids = list(self._backend.encode(text, add_special_tokens=False).ids)
+        if not add_special_tokens or token_ids[:1] == [self._tokenizer.bos_token_id]:
+            return token_ids
+        return list(self._backend.encode(text, add_special_tokens=True).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`; special tokens and ids beyond the vocabulary have none."""

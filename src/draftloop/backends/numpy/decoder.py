@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from draftloop.backends.architecture import rope_inverse_frequencies
+from draftloop.backends.architecture import rope_inverse_frequencies, tensor_shapes
 from draftloop.errors import ModelUnreadable
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Decoder:
         return normed
 
     def _check_shapes(self) -> None:
-        for name, shape in _expected_shapes(self._architecture).items():
+        for name, shape in tensor_shapes(self._architecture).items():
             found = self._weights.get(name)
             if found is None:
                 raise ModelUnreadable(f"tensor {name} is missing", remedy="Pull the model again.")
@@ -180,26 +180,3 @@ def _rotate(heads: Floats, cos: Floats, sin: Floats) -> Floats:
     first, second = np.split(heads, 2, axis=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def _expected_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (a.vocab_size, a.hidden_size),
-        "model.norm.weight": (a.hidden_size,),
-    }
-    if not a.tied_embeddings:
-        shapes["lm_head.weight"] = (a.vocab_size, a.hidden_size)
-    for layer in range(a.num_layers):
-        prefix = f"model.layers.{layer}"
-        shapes[f"{prefix}.input_layernorm.weight"] = (a.hidden_size,)
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (a.hidden_size,)
-        for name, shape in a.linear_shapes.items():
-            block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-            shapes[f"{prefix}.{block}.{name}.weight"] = shape
-        if a.attention_bias:
-            for name in ("q_proj", "k_proj", "v_proj"):
-                shapes[f"{prefix}.self_attn.{name}.bias"] = (a.linear_shapes[name][0],)
-        if a.qk_norm:
-            shapes[f"{prefix}.self_attn.q_norm.weight"] = (a.head_dim,)
-            shapes[f"{prefix}.self_attn.k_norm.weight"] = (a.head_dim,)
-    return shapes

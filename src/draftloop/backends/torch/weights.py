@@ -87,25 +87,31 @@ class TensorFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._shards: dict[str, Any] = {}
+        self._shards: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            try:
-                shard = safe_open(str(path), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ModelUnreadable(
-                    f"{path} cannot be read: {error}", remedy="Pull the model again."
-                ) from error
-            self._shards.update(dict.fromkeys(shard.keys(), shard))
+            with self._open(path) as shard:
+                self._shards.update(dict.fromkeys(shard.keys(), path))
 
     def __contains__(self, name: str) -> bool:
         return name in self._shards
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        shard = self._shards.get(name)
-        if shard is None:
+        path = self._shards.get(name)
+        if path is None:
             raise ModelUnreadable(f"{self.folder} lacks the tensor {name}", remedy="Pull the model again.")
-        tensor: torch.Tensor = shard.get_tensor(name)
+        # A mapping for each tensor: it goes with the tensor, and so do the pages of the file that it touched.
+        with self._open(path) as shard:
+            tensor: torch.Tensor = shard.get_tensor(name)
         return tensor
+
+    @staticmethod
+    def _open(path: Path) -> Any:
+        try:
+            return safe_open(str(path), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ModelUnreadable(
+                f"{path} cannot be read: {error}", remedy="Pull the model again."
+            ) from error
 
     def shaped(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """A tensor that must have this shape."""
@@ -158,9 +164,8 @@ class WeightLoader:
         if self.architecture.quantization is None:
             weight = self.tensors.shaped(f"{name}.weight", shape)
             return DenseEmbedding(weight.to(self.device, self.dtype))
-        # A mapping of its own: the loader's is dropped with the pages it touched, this one grows by
-        # the rows that are looked up.
-        table = TensorFolder(self.folder).affine(name, shape, self.architecture.quantization)
+        # On a CPU the table stays in the mapped file and takes memory only for the rows looked up.
+        table = self.tensors.affine(name, shape, self.architecture.quantization)
         if self.device.type != "cpu":
             table = AffineWeight(*(t.to(self.device) for t in (table.weight, table.scales, table.biases)))
         return AffineEmbedding(table)
