@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from draftloop.backends.architecture import tensor_shapes
 from draftloop.backends.torch.linear import AffineWeight, DenseLinear, Linear, dequantize, int4_linear
 from draftloop.errors import ModelUnreadable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from draftloop.backends.architecture import Architecture, Quantization
@@ -79,29 +79,48 @@ class Weights:
 
 
 class TensorFolder:
-    """The tensors of every shard of a folder, by name, read when asked for.
+    """The tensors of every shard of a folder, by name, read when asked for and held to their shapes.
 
     Raises:
-        ModelUnreadable: a shard that does not parse, or a tensor that is missing.
+        ModelUnreadable: a shard that does not parse, a tensor that is missing or has another shape.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, architecture: Architecture) -> None:
         self.folder = folder
+        self._shapes = tensor_shapes(architecture)
         self._shards: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with self._open(path) as shard:
                 self._shards.update(dict.fromkeys(shard.keys(), path))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._shards
+    def dense(self, name: str) -> torch.Tensor:
+        """A tensor as it is."""
+        return self._read(name, self._shapes[name])
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def has(self, name: str) -> bool:
+        """Whether the architecture has this tensor."""
+        return name in self._shapes
+
+    def affine(self, module: str, quantization: Quantization) -> AffineWeight:
+        """A quantized module's three tensors, its words viewed as int32."""
+        out, width = self._shapes[f"{module}.weight"]
+        words = self._read(f"{module}.weight", (out, width * quantization.bits // 32))
+        groups = (out, width // quantization.group_size)
+        scales, biases = (self._read(f"{module}.{part}", groups) for part in ("scales", "biases"))
+        return AffineWeight(words.view(torch.int32), scales, biases)
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         path = self._shards.get(name)
         if path is None:
             raise ModelUnreadable(f"{self.folder} lacks the tensor {name}", remedy="Pull the model again.")
         # A mapping for each tensor: it goes with the tensor, and so do the pages of the file that it touched.
         with self._open(path) as shard:
             tensor: torch.Tensor = shard.get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise ModelUnreadable(
+                f"{path}: {name} is {list(tensor.shape)}, config.json needs {list(shape)}",
+                remedy="Pull the model again.",
+            )
         return tensor
 
     @staticmethod
@@ -113,23 +132,6 @@ class TensorFolder:
                 f"{path} cannot be read: {error}", remedy="Pull the model again."
             ) from error
 
-    def shaped(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """A tensor that must have this shape."""
-        tensor = self[name]
-        if tuple(tensor.shape) != shape:
-            raise ModelUnreadable(
-                f"{self.folder}: {name} is {list(tensor.shape)}, config.json needs {list(shape)}",
-                remedy="Pull the model again.",
-            )
-        return tensor
-
-    def affine(self, module: str, shape: tuple[int, int], quantization: Quantization) -> AffineWeight:
-        """A quantized [out, in] module's three tensors, its words viewed as int32."""
-        out, groups = shape[0], shape[1] // quantization.group_size
-        words = self.shaped(f"{module}.weight", (out, shape[1] * quantization.bits // 32))
-        scales, biases = (self.shaped(f"{module}.{part}", (out, groups)) for part in ("scales", "biases"))
-        return AffineWeight(words.view(torch.int32), scales, biases)
-
 
 class WeightLoader:
     """Builds `Weights` from a folder."""
@@ -137,79 +139,63 @@ class WeightLoader:
     def __init__(
         self, folder: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.folder = folder
         self.architecture = architecture
         self.dtype = dtype
         self.device = device
-        self.tensors = TensorFolder(folder)
+        self.tensors = TensorFolder(folder, architecture)
 
     def load(self) -> Weights:
         """Read and pack every layer."""
-        layers = tuple(self._layer(index) for index in range(self.architecture.num_layers))
-        tied = self.architecture.tied_embeddings
-        head = self._linear(["model.embed_tokens" if tied else "lm_head"])
-        embedding = self._embedding()
+        layers = tuple(self._layer(f"model.layers.{i}") for i in range(self.architecture.num_layers))
         linears = [m for layer in layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-        table = embedding.weight.nbytes if isinstance(embedding, DenseEmbedding) and not tied else 0
+        embedding, head = self._tables()
+        untied = isinstance(embedding, DenseEmbedding) and not self.architecture.tied_embeddings
         return Weights(
             embedding=embedding,
             layers=layers,
-            final_norm=self._norm("model.norm", self.architecture.hidden_size),
+            final_norm=self._norm("model.norm"),
             head=head,
-            num_bytes=sum(m.num_bytes for m in (*linears, head)) + table,
+            num_bytes=sum(m.num_bytes for m in (*linears, head)) + (head.num_bytes if untied else 0),
         )
 
-    def _embedding(self) -> Embedding:
-        name, shape = "model.embed_tokens", self._shape("model.embed_tokens")
-        if self.architecture.quantization is None:
-            weight = self.tensors.shaped(f"{name}.weight", shape)
-            return DenseEmbedding(weight.to(self.device, self.dtype))
+    def _tables(self) -> tuple[Embedding, Linear]:
+        """The embedding and the output head, one tensor where they are dense and tied."""
+        name, tied = "model.embed_tokens", self.architecture.tied_embeddings
+        quantization = self.architecture.quantization
+        if quantization is None:
+            weight = self.tensors.dense(f"{name}.weight").to(self.device, self.dtype)
+            return DenseEmbedding(weight), DenseLinear(weight, None) if tied else self._linear("lm_head")
         # On a CPU the table stays in the mapped file and takes memory only for the rows looked up.
-        table = self.tensors.affine(name, shape, self.architecture.quantization)
+        table = self.tensors.affine(name, quantization)
         if self.device.type != "cpu":
             table = AffineWeight(*(t.to(self.device) for t in (table.weight, table.scales, table.biases)))
-        return AffineEmbedding(table)
+        return AffineEmbedding(table), self._linear(name if tied else "lm_head")
 
-    def _layer(self, index: int) -> Layer:
-        prefix = f"model.layers.{index}"
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        hidden, width = self.architecture.hidden_size, self.architecture.head_dim
-        qk_norm = self.architecture.qk_norm
+    def _layer(self, prefix: str) -> Layer:
+        attention, mlp, qk_norm = f"{prefix}.self_attn", f"{prefix}.mlp", self.architecture.qk_norm
         return Layer(
-            input_norm=self._norm(f"{prefix}.input_layernorm", hidden),
-            qkv=self._linear([f"{attention}.{name}_proj" for name in "qkv"]),
-            q_norm=self._norm(f"{attention}.q_norm", width) if qk_norm else None,
-            k_norm=self._norm(f"{attention}.k_norm", width) if qk_norm else None,
-            output=self._linear([f"{attention}.o_proj"]),
-            post_norm=self._norm(f"{prefix}.post_attention_layernorm", hidden),
-            gate_up=self._linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"]),
-            down=self._linear([f"{mlp}.down_proj"]),
+            input_norm=self._norm(f"{prefix}.input_layernorm"),
+            qkv=self._linear(*(f"{attention}.{name}_proj" for name in "qkv")),
+            q_norm=self._norm(f"{attention}.q_norm") if qk_norm else None,
+            k_norm=self._norm(f"{attention}.k_norm") if qk_norm else None,
+            output=self._linear(f"{attention}.o_proj"),
+            post_norm=self._norm(f"{prefix}.post_attention_layernorm"),
+            gate_up=self._linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+            down=self._linear(f"{mlp}.down_proj"),
         )
 
-    def _shape(self, module: str) -> tuple[int, int]:
-        """[out, in] of a linear module, by the last part of its name; the embedding's is [V, D]."""
-        table = (self.architecture.vocab_size, self.architecture.hidden_size)
-        return self.architecture.linear_shapes.get(module.rpartition(".")[2], table)
+    def _norm(self, module: str) -> torch.Tensor:
+        return self.tensors.dense(f"{module}.weight").to(self.device, torch.float32)
 
-    def _norm(self, module: str, width: int) -> torch.Tensor:
-        return self.tensors.shaped(f"{module}.weight", (width,)).to(self.device, torch.float32)
-
-    def _linear(self, modules: Sequence[str]) -> Linear:
-        shapes = [self._shape(module) for module in modules]
+    def _linear(self, *modules: str) -> Linear:
+        """Modules that read the same input, their rows stacked."""
         bias = None
-        if f"{modules[0]}.bias" in self.tensors:
-            biases = [
-                self.tensors.shaped(f"{m}.bias", shape[:1]) for m, shape in zip(modules, shapes, strict=True)
-            ]
+        if self.tensors.has(f"{modules[0]}.bias"):
+            biases = [self.tensors.dense(f"{module}.bias") for module in modules]
             bias = torch.cat(biases).to(self.device, self.dtype)
         quantization = self.architecture.quantization
         if quantization is not None:
-            parts = [
-                self.tensors.affine(m, shape, quantization) for m, shape in zip(modules, shapes, strict=True)
-            ]
+            parts = [self.tensors.affine(module, quantization) for module in modules]
             return int4_linear(parts, bias, quantization.group_size, self.dtype, self.device)
-        rows = [
-            self.tensors.shaped(f"{m}.weight", shape).to(self.device, self.dtype)
-            for m, shape in zip(modules, shapes, strict=True)
-        ]
+        rows = [self.tensors.dense(f"{module}.weight").to(self.device, self.dtype) for module in modules]
         return DenseLinear(torch.cat(rows) if len(rows) > 1 else rows[0], bias)
