@@ -69,7 +69,8 @@ def test_speculating_says_what_the_target_says(engine: Engine, capsys: pytest.Ca
     assert accepted / drafted > 0.3, "the draft is not reading the same text"
     for prompt, first, margin in mismatches:
         assert margin <= 2 * BF16_LOGIT_STEP, f"{prompt!r} differs at {first} with a margin of {margin}"
-    assert len(mismatches) <= len(PROMPTS) // 4
+    if engine.backend.capabilities().device.startswith("cpu"):
+        assert not mismatches, "on a CPU verifying computes the very bits of decoding"
 
 
 def test_a_wrong_margin_would_be_seen(engine: Engine) -> None:

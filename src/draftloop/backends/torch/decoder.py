@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from draftloop.backends.torch.weights import Layer, Weights
 
 
+_ROW_BY_ROW_TOKENS = 8
+"""On a CPU so few tokens attend one by one, as they would if they came alone. PyTorch's fused kernel rounds
+differently for several rows; with this, verifying gives the very bits of decoding one token at a time, and
+greedy speculation the target's own text. It costs one small kernel call a row and layer."""
+
+
 class TorchCache:
     """Keys and values of one sequence: [L, 2, G, max_tokens, E], allocated once, touched as it fills."""
 
@@ -126,13 +132,14 @@ class Decoder:
         q, k = qk.split((heads, groups), dim=1)
         values[0, :, span.start : span.end] = k.transpose(0, 1)
         values[1, :, span.start : span.end] = v.transpose(0, 1)
-        # Head h = group·R + r: [T, H, E] -> [G, R·T, E].
-        q = q.reshape(count, groups, -1, width).permute(1, 2, 0, 3).reshape(groups, -1, width)
-        attended = scaled_dot_product_attention(
-            q[None], values[None, 0, :, : span.end], values[None, 1, :, : span.end], attn_mask=span.mask
-        )
-        mixed = attended.view(groups, -1, count, width).permute(2, 0, 1, 3).reshape(count, heads * width)
-        return layer.output(mixed)
+        # Head h = group·R + r.
+        q = q.reshape(count, groups, -1, width)
+        if count <= _ROW_BY_ROW_TOKENS and not x.is_cuda:
+            ends = range(span.start + 1, span.end + 1)
+            attended = torch.cat([_attend(row[None], values, end) for row, end in zip(q, ends, strict=True)])
+        else:
+            attended = _attend(q, values, span.end, span.mask)
+        return layer.output(attended.reshape(count, heads * width))
 
     def _head_norms(self, layer: Layer, qk: torch.Tensor) -> torch.Tensor:
         if layer.q_norm is None or layer.k_norm is None:
@@ -146,3 +153,15 @@ class Decoder:
     def _rotate(x: torch.Tensor, span: Span) -> torch.Tensor:
         """Rotary embedding, half-split (Su et al. 2021): x [T, heads, E]."""
         return torch.addcmul(x * span.cos, x.roll(x.shape[-1] // 2, -1), span.sin)
+
+
+def _attend(
+    q: torch.Tensor, values: torch.Tensor, end: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Queries [T, G, R, E] over the first `end` keys and values [2, G, max_tokens, E] -> [T, G, R, E]."""
+    count, groups, _, width = q.shape
+    rows = q.permute(1, 2, 0, 3).reshape(groups, -1, width)
+    attended = scaled_dot_product_attention(
+        rows[None], values[None, 0, :, :end], values[None, 1, :, :end], attn_mask=mask
+    )
+    return attended.view(groups, -1, count, width).permute(2, 0, 1, 3)
