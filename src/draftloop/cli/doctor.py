@@ -69,7 +69,7 @@ def _show(facts: Facts) -> None:
     for problem in facts["problems"]:
         say_error(problem)
     if facts["usable"]:
-        write('The pair can answer: draftloop generate "Hello"\n')
+        write('The pair can answer: draftloop generate "Hello" (with the same --config and --set).\n')
 
 
 def _rows(facts: Facts) -> list[tuple[str, str]]:
