@@ -210,3 +210,11 @@ class RecordedTask:
 
     def __exit__(self, *_):
         pass
+
+
+def decode(rows):
+    """The weights that affine `rows` stand for, [rows, in] float32."""
+    codes = (rows.weight[..., None] >> 4 * np.arange(8, dtype=np.uint32)) & 15
+    groups = codes.reshape(*rows.scales.shape, 32)
+    scales, biases = (part.astype(np.float32)[..., None] for part in (rows.scales, rows.biases))
+    return (groups * scales + biases).astype(np.float32).reshape(len(rows.weight), -1)

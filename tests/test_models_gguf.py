@@ -17,14 +17,14 @@ from tokenizers import Tokenizer
 
 from draftloop.backends.architecture import Quantization, read_architecture
 from draftloop.errors import ModelUnreadable
-from draftloop.models.affine import AffineRows, decode
+from draftloop.models.affine import AffineRows
 from draftloop.models.folder import check_folder
 from draftloop.models.gguf import convert_gguf, converted_bytes
 from draftloop.models.gguf_config import hf_config
 from draftloop.models.gguf_file import read_gguf
 from draftloop.models.gguf_tokenizer import end_token_ids, write_tokenizer
 from draftloop.models.progress import SilentProgress
-from models_samples import HEAD_DIM, HIDDEN, LAYERS, RecordedProgress, write_gguf
+from models_samples import HEAD_DIM, HIDDEN, LAYERS, RecordedProgress, decode, write_gguf
 
 
 def converted(tmp_path, *args, **kwargs):

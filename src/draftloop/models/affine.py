@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 GROUP_SIZE = 32
 BITS = 4
 MAX_CODE = 2**BITS - 1
-CODES_PER_WORD = 32 // BITS
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Shares of a group's range that the fit tries: clipping an outlier may serve the other weights."""
 _K_SUBBLOCKS = 8
@@ -97,15 +96,6 @@ def encode_dense(weights: NDArray[np.float32]) -> AffineRows:
     bias = _rounded(best_bias)
     nibbles: NDArray[np.uint8] = _codes(groups, scale, bias).astype(np.uint8)
     return _pack(nibbles.reshape(rows, -1, GROUP_SIZE), scale.reshape(rows, -1), bias.reshape(rows, -1))
-
-
-def decode(rows: AffineRows) -> NDArray[np.float32]:
-    """The weights that `rows` stands for, [rows, in] float32."""
-    shifts = np.arange(CODES_PER_WORD, dtype=np.uint32) * BITS
-    codes = ((rows.weight[..., None] >> shifts) & MAX_CODE).reshape(*rows.scales.shape, GROUP_SIZE)
-    scales, biases = rows.scales.astype(np.float32), rows.biases.astype(np.float32)
-    values: NDArray[np.float32] = (codes * scales[..., None] + biases[..., None]).astype(np.float32)
-    return values.reshape(rows.scales.shape[0], -1)
 
 
 def _codes(

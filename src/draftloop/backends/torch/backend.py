@@ -34,8 +34,10 @@ def _memory_errors(what: str) -> Iterator[None]:
     """Turn PyTorch's out-of-memory errors, on a GPU and on a CPU, into ours."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU it is a RuntimeError like any other but for its words.
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and "can't allocate memory" not in str(error):
             raise
         raise OutOfMemory(
             f"memory ran out while {what}",
