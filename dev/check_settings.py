@@ -1,4 +1,4 @@
-"""Proves that no setting is dead: each one is read by the program, or marked with the command it waits for.
+"""Proves that no setting is dead: each one is read by the program.
 
 Contract: looks for attribute chains that end in a setting's dotted key (`config.training.lora.rank`, or
 `speculative.top_p` on a section) in src/draftloop outside config/. Runs nothing. `make check` calls it.
@@ -10,7 +10,7 @@ import ast
 import sys
 from pathlib import Path
 
-from draftloop.config.schema import acts_in, leaf_fields
+from draftloop.config.schema import leaf_fields
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "draftloop"
 
@@ -41,24 +41,15 @@ def read_keys(root: Path) -> set[str]:
 
 
 def problems(root: Path) -> list[str]:
-    """One line for each dead setting and each stale mark."""
+    """One line for each dead setting."""
     read = read_keys(root)
-    lines = []
-    for key, field in leaf_fields().items():
-        waits_for = acts_in(field)
-        if key not in read and waits_for is None:
-            lines.append(
-                f"{key}: nothing reads it. Read it, or mark it with the command in which it will act."
-            )
-        elif key in read and waits_for is not None:
-            lines.append(f"{key}: it is read, so the mark acts_in={waits_for} is stale. Remove the mark.")
-    return lines
+    return [f"{key}: nothing reads it. Read it or remove it." for key in leaf_fields() if key not in read]
 
 
 def main() -> int:
     """Print the problems; 1 if there is one."""
     lines = problems(SOURCE)
-    print("\n".join(lines) or f"{len(leaf_fields())} settings: each acts, or says where it will.")
+    print("\n".join(lines) or f"{len(leaf_fields())} settings: each one acts.")
     return 1 if lines else 0
 
 

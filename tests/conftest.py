@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import pupils
 import toys
 
 if TYPE_CHECKING:
@@ -44,3 +46,21 @@ def toy_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pa
         return written[key]
 
     return write
+
+
+@pytest.fixture(scope="session")
+def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classroom that is only copied from (`pupils.furnish`)."""
+    folder = tmp_path_factory.mktemp("classroom")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        pupils.furnish(folder, monkeypatch)
+    return folder
+
+
+@pytest.fixture
+def classroom(furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pupils.Classroom:
+    """A classroom of one's own, and the current folder: a pair, and the requests that it answered."""
+    folder = tmp_path / "classroom"
+    shutil.copytree(furnished, folder)
+    monkeypatch.chdir(folder)
+    return pupils.Classroom(folder)

@@ -43,7 +43,6 @@ def test_without_a_file_every_setting_is_the_default() -> None:
     assert values == expected
     assert {origin.kind for origin in loaded.origins.values()} == {OriginKind.DEFAULT}
     assert list(loaded.origins) == list(leaf_fields())
-    assert loaded.notices == ()
 
 
 def test_the_default_file_is_read_where_it_exists(tmp_path: Path) -> None:
@@ -119,12 +118,6 @@ def test_the_configuration_is_frozen() -> None:
     config = load_config().config
     with pytest.raises(ValidationError):
         config.training.lora.rank = 4  # type: ignore[misc]
-
-
-def test_changed_settings_that_wait_for_a_command_are_told(tmp_path: Path) -> None:
-    path = write(tmp_path / "c.yaml", "training:\n  learning_rate: 0.001\n  num_epochs: 3\n  batch_size: 2\n")
-    (notice,) = load_config([path]).notices
-    assert notice.startswith(f"training.learning_rate = 0.001 ({path}:2) is kept for `train`")
 
 
 class TestStorageDirectory:

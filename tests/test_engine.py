@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
+from draftloop.backends.lora import AdapterForm, Lora, LoraModule, LoraSpec
 from draftloop.backends.numpy.backend import NumpyBackend
 from draftloop.engine import Completion, Engine, PromptProgress, Request, RoundDone, TextPiece
 from draftloop.errors import ContextFull, InputError
+from draftloop.learning.deployment import Change, Deployed
+from draftloop.learning.recorder import Answered, Provenance
 from draftloop.models.tokenizer import Message, Tokenizer
 from draftloop.speculation.round import decode
 from draftloop.speculation.stream import DecodeSettings, Pair, Stream, read_prompt
@@ -179,3 +183,124 @@ def test_a_prompt_that_fills_the_cache_is_refused(engine: Engine) -> None:
     last = engine.complete(Request([40] * (CACHE_TOKENS - 1), SAMPLED, 8, 4, min_tokens=8))
     assert len(last.token_ids) == 1
     assert last.finish_reason is FinishReason.LENGTH
+
+
+def test_an_interrupt_in_a_round_is_told_on_and_stores_what_was_said(
+    engine: Engine, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Listener()
+    recording = recorded_by(engine, recorder)
+    verify, calls = engine.pair.target.verify, []
+
+    def interrupted(jobs: object) -> object:
+        calls.append(jobs)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return verify(jobs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.pair.target, "verify", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recording.complete(request(engine, provenance=PROVENANCE, min_tokens=20))
+    (answered,) = recorder.heard
+    assert answered.finish_reason == "cancelled"
+    assert len(answered.rounds) == 2
+
+
+def test_an_answer_is_recorded_once_and_before_its_end_is_told(engine: Engine) -> None:
+    recorder = Listener()
+    recording = recorded_by(engine, recorder)
+    events = recording.stream(request(engine, provenance=PROVENANCE))
+    for event in events:
+        if isinstance(event, Completion):
+            assert [len(answered.rounds) for answered in recorder.heard] == [event.tally.rounds]
+            assert event.traces == ()
+            events.close()  # type: ignore[attr-defined]
+    assert len(recorder.heard) == 1
+    recording.stream(request(engine, provenance=PROVENANCE)).close()  # type: ignore[attr-defined]
+    assert len(recorder.heard) == 1
+
+
+def test_a_request_without_provenance_is_not_recorded(engine: Engine) -> None:
+    recorder = Listener()
+    recorded_by(engine, recorder).complete(request(engine))
+    assert recorder.heard == []
+
+
+def test_a_swapped_adapter_changes_the_draft_and_not_the_text(engine: Engine) -> None:
+    active = Wardrobe()
+    dressed = Engine(
+        engine.backend,
+        engine.pair,
+        engine.tokenizer,
+        cache_clear_frequency=3,
+        active_adapter=active,  # type: ignore[arg-type]
+    )
+    asked = request(engine, sampling=Sampling(), min_tokens=24)
+    bare = dressed.complete(asked)
+    conversation = dressed.open_conversation()
+    assert dressed.complete(asked, conversation).adapter is None
+    active.next = Change(Deployed("a0001", noisy_lora(), AdapterForm.UNFUSED))
+    worn = dressed.complete(asked, conversation)
+    fresh = dressed.complete(asked)
+    assert (worn.adapter, dressed.adapter) == ("a0001", "a0001")
+    assert worn.token_ids == fresh.token_ids == bare.token_ids
+    assert worn.tally == fresh.tally != bare.tally
+    active.next = Change(None)
+    off = dressed.complete(asked, conversation)
+    assert off.adapter is None
+    assert off.tally == bare.tally
+
+
+def test_the_target_alone_wears_nothing(engine: Engine) -> None:
+    alone = Engine(engine.backend, Pair(engine.pair.target, None), engine.tokenizer, cache_clear_frequency=3)
+    alone.wear(Deployed("a0001", noisy_lora(), AdapterForm.UNFUSED))
+    assert alone.adapter is None
+    assert alone.complete(request(engine)).adapter is None
+
+
+PROVENANCE = Provenance("jokes", "generate")
+
+
+class Listener:
+    """A recorder that remembers."""
+
+    def __init__(self) -> None:
+        self.heard: list[Answered] = []
+
+    def record(self, answered: Answered) -> None:
+        self.heard.append(answered)
+
+
+class Wardrobe:
+    """Tells of one change, once."""
+
+    def __init__(self) -> None:
+        self.next: Change | None = None
+
+    def changed(self) -> Change | None:
+        change, self.next = self.next, None
+        return change
+
+
+def recorded_by(engine: Engine, recorder: Listener) -> Engine:
+    return Engine(
+        engine.backend,
+        engine.pair,
+        engine.tokenizer,
+        cache_clear_frequency=3,
+        recorder=recorder,  # type: ignore[arg-type]
+    )
+
+
+def noisy_lora() -> Lora:
+    """An adapter of the toy draft that changes what it says."""
+    random = np.random.default_rng(0)
+    spec = LoraSpec(rank=4, alpha=8, target_modules=("q_proj",))
+    modules = {
+        f"model.layers.{layer}.self_attn.q_proj": LoraModule(
+            random.standard_normal((4, 64)).astype(np.float32) / 8,
+            random.standard_normal((64, 4)).astype(np.float32) / 2,
+        )
+        for layer in range(2)
+    }
+    return Lora(spec, modules)

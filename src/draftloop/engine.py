@@ -11,9 +11,11 @@ import logging
 import secrets
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from draftloop.backends.lora import AdapterForm
 from draftloop.errors import InputError
+from draftloop.learning.recorder import CANCELLED, Answered
 from draftloop.models.text import TextStream
 from draftloop.speculation.metrics import Tally, tokens_per_second
 from draftloop.speculation.round import decode
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from draftloop.backends.base import Backend
+    from draftloop.learning.deployment import ActiveAdapter, Deployed
+    from draftloop.learning.recorder import Provenance, Recorder
     from draftloop.models.tokenizer import Tokenizer
     from draftloop.speculation.round import Round
     from draftloop.types import Trace
@@ -44,6 +48,7 @@ class Request:
         stop: the answer ends before any of these strings.
         seed: fixes every random choice; None draws one, which the completion reports.
         trace: whether the completion carries the target's top tokens of each round.
+        provenance: what is stored beside the answer; None stores nothing.
     """
 
     prompt_tokens: Sequence[int]
@@ -54,6 +59,7 @@ class Request:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     trace: bool = False
+    provenance: Provenance | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,7 @@ class Completion:
         prompt_s: seconds spent on reading the prompt.
         decode_s: seconds spent on the rounds.
         seed: the one used.
+        adapter: the draft's adapter; None is the bare draft.
         traces: one for each round where the request asked for them.
     """
 
@@ -98,6 +105,7 @@ class Completion:
     prompt_s: float
     decode_s: float
     seed: int
+    adapter: str | None = None
     traces: tuple[Trace, ...] = ()
 
     @property
@@ -122,20 +130,53 @@ class Engine:
         pair: target and draft; without a draft every round is the target's alone.
         tokenizer: the one they share.
         cache_clear_frequency: the backend's spare memory is given back every so many answers.
+        recorder: keeps the requests that say where they come from.
+        active_adapter: tells which adapter the draft shall wear; looked at before each request.
     """
 
     def __init__(
-        self, backend: Backend, pair: Pair, tokenizer: Tokenizer, *, cache_clear_frequency: int
+        self,
+        backend: Backend,
+        pair: Pair,
+        tokenizer: Tokenizer,
+        *,
+        cache_clear_frequency: int,
+        recorder: Recorder | None = None,
+        active_adapter: ActiveAdapter | None = None,
     ) -> None:
         self.backend = backend
         self.pair = pair
         self.tokenizer = tokenizer
+        self.adapter: str | None = None
+        self._recorder = recorder
+        self._active_adapter = active_adapter
         self._cache_clear_frequency = cache_clear_frequency
         self._answers = 0
 
     def open_conversation(self) -> Conversation:
         """Empty caches for a conversation of several turns."""
         return Conversation(self.pair)
+
+    def follow_adapter(self) -> None:
+        """Let the draft wear the adapter that is active now. Called before each request; atomic there.
+
+        Raises:
+            ModelUnreadable: the adapter's files are damaged, or made for another draft.
+        """
+        if self._active_adapter is None or self.pair.draft is None:
+            return
+        change = self._active_adapter.changed()
+        if change is not None:
+            self.wear(change.deployed)
+
+    def wear(self, deployed: Deployed | None) -> None:
+        """Swap the draft's adapter; None takes it away. Nobody may be answering."""
+        if self.pair.draft is None:
+            return
+        lora, form = (None, AdapterForm.UNFUSED) if deployed is None else (deployed.lora, deployed.form)
+        self.pair.draft.set_adapter(lora, form)
+        self.adapter = None if deployed is None else deployed.name
+        logger.debug("the draft wears %s (%s)", self.adapter or "no adapter", form)
 
     def stream(self, request: Request, conversation: Conversation | None = None) -> Iterator[Event]:
         """Answer one request.
@@ -147,7 +188,8 @@ class Engine:
 
         Yields:
             `PromptProgress` while the prompt is read, the `TextPiece`s of each round and its `RoundDone`,
-            and one `Completion` at the end.
+            and one `Completion` at the end. What was answered is stored before that one comes, and where
+            the reader goes away or Ctrl-C is pressed.
 
         Raises:
             InputError: `max_tokens` below 1.
@@ -155,37 +197,64 @@ class Engine:
         """
         if request.max_tokens < 1:
             raise InputError(f"max_tokens is {request.max_tokens}", remedy="Ask for at least 1 token.")
+        self.follow_adapter()
         conversation = conversation or self.open_conversation()
-        started_s = time.perf_counter()
-        total, cached = len(request.prompt_tokens), None
+        if conversation.adapter != self.adapter:
+            conversation.forget_draft(self.adapter)
+        settings = self._decode_settings(request)
+        answer = _Answer(request, settings, self.adapter, TextStream(self.tokenizer, request.stop))
         try:
-            for done in read_prompt(self.pair, conversation, request.prompt_tokens):
-                cached = done if cached is None else cached
-                yield PromptProgress(done, total)
-            prompt_s = time.perf_counter() - started_s
-            answer = _Answer(TextStream(self.tokenizer, request.stop))
-            settings = self._decode_settings(request)
-            decode_s, resumed_s = 0.0, time.perf_counter()
-            for outcome in decode(self.pair, Stream(conversation, settings)):
-                pieces = list(answer.take(outcome))
-                # What the reader of the events does with them is not the models' time.
-                decode_s += time.perf_counter() - resumed_s
-                logger.debug("round: %d of %d drafts kept", outcome.accepted_tokens, outcome.drafted_tokens)
-                yield from pieces
-                yield RoundDone()
-                if answer.stopped:
-                    break
-                resumed_s = time.perf_counter()
-            yield from answer.end()
-            yield answer.completion(
-                settings.seed,
-                prompt_tokens=total,
-                cached_tokens=cached or 0,
-                prompt_s=prompt_s,
-                decode_s=decode_s,
-            )
+            yield from self._read(answer, conversation)
+            yield from self._rounds(answer, conversation)
+            completion = answer.completion()
+            self._record(answer, completion.finish_reason.value)
+            yield completion
+        except (GeneratorExit, KeyboardInterrupt):
+            self._record(answer, CANCELLED)
+            raise
         finally:
             self._count_answer()
+
+    def _read(self, answer: _Answer, conversation: Conversation) -> Iterator[Event]:
+        started_s, total, cached = time.perf_counter(), len(answer.request.prompt_tokens), None
+        for done in read_prompt(self.pair, conversation, answer.request.prompt_tokens):
+            cached = done if cached is None else cached
+            yield PromptProgress(done, total)
+        answer.cached_tokens = cached or 0
+        answer.prompt_s = time.perf_counter() - started_s
+
+    def _rounds(self, answer: _Answer, conversation: Conversation) -> Iterator[Event]:
+        resumed_s = time.perf_counter()
+        for outcome in decode(self.pair, Stream(conversation, answer.settings)):
+            pieces = list(answer.take(outcome))
+            # What the reader of the events does with them is not the models' time.
+            answer.decode_s += time.perf_counter() - resumed_s
+            logger.debug("round: %d of %d drafts kept", outcome.accepted_tokens, outcome.drafted_tokens)
+            yield from pieces
+            yield RoundDone()
+            if answer.stopped:
+                break
+            resumed_s = time.perf_counter()
+        yield from answer.end()
+
+    def _record(self, answer: _Answer, finish_reason: str) -> None:
+        """Store the answer, once, where the request wants it and there is something to store."""
+        provenance = answer.request.provenance
+        if self._recorder is None or provenance is None or answer.recorded or not answer.rounds:
+            return
+        answer.recorded = True
+        self._recorder.record(
+            Answered(
+                provenance=provenance,
+                prompt_tokens=answer.request.prompt_tokens,
+                settings=answer.settings,
+                rounds=answer.rounds,
+                finish_reason=finish_reason,
+                adapter=answer.adapter,
+                prompt_s=answer.prompt_s,
+                decode_s=answer.decode_s,
+            )
+        )
 
     def complete(self, request: Request, conversation: Conversation | None = None) -> Completion:
         """Answer one request and return its end."""
@@ -202,7 +271,7 @@ class Engine:
             eos_token_ids=frozenset(self.tokenizer.eos_token_ids),
             num_draft_tokens=request.num_draft_tokens,
             seed=secrets.randbits(32) if request.seed is None else request.seed,
-            trace=request.trace,
+            trace=request.trace or (self._recorder is not None and request.provenance is not None),
         )
 
     def _count_answer(self) -> None:
@@ -212,12 +281,21 @@ class Engine:
 
 
 class _Answer:
-    """The answer so far, as rounds and as text."""
+    """The answer so far, as rounds and as text, and what it took."""
 
-    def __init__(self, stream: TextStream) -> None:
+    def __init__(
+        self, request: Request, settings: DecodeSettings, adapter: str | None, stream: TextStream
+    ) -> None:
+        self.request = request
+        self.settings = settings
+        self.adapter = adapter
         self.text = ""
         self.rounds: list[Round] = []
         self.stopped = False
+        self.recorded = False
+        self.cached_tokens = 0
+        self.prompt_s = 0.0
+        self.decode_s = 0.0
         self._stream = stream
         self._last_kind = TokenKind.TARGET
 
@@ -246,19 +324,24 @@ class _Answer:
                 room -= len(outcome.tokens)
         self.rounds = [*kept[:-1], replace(kept[-1], finish_reason=FinishReason.STOP)]
 
-    def completion(self, seed: int, **measured: Any) -> Completion:
+    def completion(self) -> Completion:
         """The end of the answer, from its rounds and what was measured around them."""
         tally = Tally()
         for outcome in self.rounds:
             tally.add(outcome)
+        traces = [outcome.trace for outcome in self.rounds if outcome.trace is not None]
         return Completion(
             text=self.text,
             token_ids=tuple(token for outcome in self.rounds for token in outcome.tokens),
             finish_reason=self.rounds[-1].finish_reason or FinishReason.LENGTH,
+            prompt_tokens=len(self.request.prompt_tokens),
+            cached_tokens=self.cached_tokens,
             tally=tally,
-            seed=seed,
-            traces=tuple(outcome.trace for outcome in self.rounds if outcome.trace is not None),
-            **measured,
+            prompt_s=self.prompt_s,
+            decode_s=self.decode_s,
+            seed=self.settings.seed,
+            adapter=self.adapter,
+            traces=tuple(traces) if self.request.trace else (),
         )
 
     def _show(self, text: str) -> Iterator[TextPiece]:

@@ -1,33 +1,59 @@
 """Settings -> a checked plan -> an engine. The only place where configuration meets models and backends.
 
 Contract: `prepare` does all that is cheap (names resolve, tokenizers agree, the memory plan fits) and
-loads no weights; `load_engine` loads them. Must not know the command line.
+loads no weights; `load_engine` loads them; `open_school` is where the draft learns. Must not know the command
+line.
 """
 
 from __future__ import annotations
 
 import logging
+import platform
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from draftloop.backends.architecture import Architecture, read_architecture
 from draftloop.backends.registry import open_backend
 from draftloop.engine import Engine
 from draftloop.errors import ConfigError, ModelUnreadable
+from draftloop.learning.circle import School
+from draftloop.learning.deployment import ActiveAdapter, load_deployed
+from draftloop.learning.recorder import Recorder
+from draftloop.models.folder import heads_digest
 from draftloop.models.memory import MemoryPlan, plan_memory
 from draftloop.models.resolve import resolve
 from draftloop.models.tokenizer import Tokenizer, check_tokenizers_agree
 from draftloop.speculation.stream import Pair
+from draftloop.storage.records import PairKey
+from draftloop.storage.store import open_store
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from draftloop.backends.base import Backend
     from draftloop.config import Config
     from draftloop.models.progress import Progress
+    from draftloop.storage.store import Store
 
 logger = logging.getLogger(__name__)
+
+
+ACTIVE, NONE = "active", "none"
+"""Words for an adapter that are no adapter's name."""
+
+AUTO_EVICTION_THRESHOLD = 0.5
+"""What counts as a failure for the store's size bound where `acceptance_threshold` is `auto`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedDraft:
+    """A draft that is known to fit into this machine while it trains."""
+
+    folder: Path
+    architecture: Architecture
+    tokenizer: Tokenizer
+    backend: Backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +93,48 @@ def prepare(config: Config, progress: Progress | None = None, *, with_draft: boo
     return Prepared(target_folder, target, draft_folder, draft, tokenizer, backend, plan)
 
 
+def pair_of(config: Config) -> PairKey:
+    """The pair's key in the store."""
+    return PairKey(config.models.target.name, config.models.draft.name)
+
+
+def open_storage(config: Config, *, read_only: bool = False) -> Store:
+    """The store in `storage.directory`.
+
+    Raises:
+        StorageError: it is damaged, cannot be written (or, read-only, is absent), or was made by a newer
+            version.
+    """
+    threshold = config.speculative.acceptance_threshold
+    return open_store(
+        Path(config.storage.directory),
+        max_megabytes=config.storage.max_megabytes,
+        failure_threshold=threshold if threshold != "auto" else AUTO_EVICTION_THRESHOLD,
+        read_only=read_only,
+    )
+
+
 def load_engine(config: Config, progress: Progress | None = None, *, with_draft: bool = True) -> Engine:
-    """Prepare, and load the models."""
+    """Prepare, and load the models: the bare draft, nothing stored."""
     return load_prepared(config, prepare(config, progress, with_draft=with_draft))
 
 
-def load_prepared(config: Config, prepared: Prepared) -> Engine:
+def load_prepared(
+    config: Config, prepared: Prepared, store: Store | None = None, *, adapter: str = ACTIVE
+) -> Engine:
     """Load prepared models, for those who look at them first (`generate` checks its prompts).
+
+    Args:
+        config: the effective settings.
+        prepared: what `prepare` found.
+        store: tells the adapters; keeps the requests that say where they come from where `storage.collect`
+            is true. Without one nothing is stored and the draft is bare.
+        adapter: `active` follows the store, `none` is the bare draft, else the name of an adapter.
 
     Raises:
         MemoryPlanError: they do not fit into this machine.
+        InputError: there is no adapter of that name.
+        ModelUnreadable: its files are damaged, or made for another draft.
     """
     prepared.plan.check_generation()
     backend, started_s = prepared.backend, time.perf_counter()
@@ -89,11 +147,60 @@ def load_prepared(config: Config, prepared: Prepared) -> Engine:
             prepared.draft_folder, max_kv_cache_tokens=config.models.draft.max_kv_cache_tokens
         )
     logger.debug("models loaded in %.1f s", time.perf_counter() - started_s)
-    return Engine(
+    pair, directory = pair_of(config), Path(config.storage.directory)
+    recorder = None
+    if store is not None and config.storage.collect:
+        recorder = Recorder(store, pair, config.adaptation.revert_after_requests)
+    engine = Engine(
         backend,
         Pair(target, draft),
         prepared.tokenizer,
         cache_clear_frequency=config.memory.cache_clear_frequency,
+        recorder=recorder,
+        active_adapter=ActiveAdapter(store, directory, pair) if store and adapter == ACTIVE else None,
+    )
+    if store is not None and adapter not in (ACTIVE, NONE):
+        engine.wear(load_deployed(store, directory, adapter))
+    engine.follow_adapter()
+    return engine
+
+
+def prepare_draft(config: Config, progress: Progress | None = None) -> PreparedDraft:
+    """Resolve and check the draft alone: training never needs the target's weights.
+
+    The memory plan still counts both, for `doctor`; training is held to the draft's part.
+
+    Raises:
+        ModelNotFound, ModelUnreadable, BackendUnavailable, MemoryPlanError: as `prepare`.
+    """
+    backend = open_backend(config.backend, config.device)
+    folder = resolve(config.models.draft.name, progress=progress)
+    architecture, tokenizer = _checked("draft", folder, config.models.draft.max_kv_cache_tokens)
+    plan = plan_memory(architecture, architecture, config, backend.capabilities().device_memory_bytes)
+    plan.check_training()
+    return PreparedDraft(folder, architecture, tokenizer, backend)
+
+
+def open_school(config: Config, prepared: PreparedDraft, store: Store) -> School:
+    """Where the draft learns."""
+    capabilities = prepared.backend.capabilities()
+    return School(
+        store=store,
+        directory=Path(config.storage.directory),
+        pair=pair_of(config),
+        config=config,
+        backend=prepared.backend,
+        draft_folder=prepared.folder,
+        architecture=prepared.architecture,
+        eos_token_ids=sorted(prepared.tokenizer.eos_token_ids),
+        facts={
+            "draftloop": version("draftloop"),
+            "backend": capabilities.backend,
+            "backend_version": capabilities.version,
+            "device": capabilities.device,
+            "python": platform.python_version(),
+            "draft_sha256": heads_digest(prepared.folder),
+        },
     )
 
 

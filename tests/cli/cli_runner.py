@@ -21,6 +21,10 @@ class Result:
         assert self.exit_status == 0, self.err
         return json.loads(self.out)
 
+    def assert_done(self) -> None:
+        """Exit status 0."""
+        assert self.exit_status == 0, self.err
+
     def assert_wrong_input(self, *words: str) -> None:
         """Exit status 2, nothing on stdout, one line on stderr that holds all `words`."""
         self.assert_fails(2, *words)

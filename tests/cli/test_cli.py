@@ -136,21 +136,6 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
     assert process.returncode == 141
 
 
-def test_the_logging_level_decides_what_is_said(draftloop):
-    changed = settings(**{"training.learning_rate": 0.01})
-    assert draftloop(*changed, "config", "show").err.startswith("note: training.learning_rate = 0.01")
-    assert draftloop(*changed, *settings(**{"logging.level": "WARNING"}), "config", "show").err == ""
-
-
-def test_a_value_that_waits_for_a_later_command_is_told(draftloop):
-    def notes(threshold):
-        return draftloop(*settings(**{"speculative.acceptance_threshold": threshold}), "config", "show").err
-
-    told = 'note: speculative.acceptance_threshold = "auto" (--set) is kept for `collect`'
-    assert notes("auto").startswith(told)
-    assert notes(0.4) == ""
-
-
 def test_debug_has_a_traceback_of_failed_work_and_none_of_wrong_input(draftloop):
     def failed(name):
         names = {"logging.level": "DEBUG", "models.target.name": name}

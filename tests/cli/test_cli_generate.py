@@ -1,13 +1,19 @@
-"""`draftloop generate`: what stands on stdout, where prompts come from, and every wrong input."""
+"""`draftloop generate`: what stands on stdout, what is stored, and every wrong input."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from cli_runner import settings
+from cli_store import add_adapter, opened, stored_requests
 
 import toys
+from draftloop.engine import Engine
+from draftloop.errors import StorageError
+from draftloop.storage.records import PairKey, RunStatus
+from draftloop.storage.store import DATABASE_NAME
 
 GREEDY = ["--temperature", "0"]
 CONTRACT = {
@@ -296,3 +302,172 @@ def test_wrong_input_is_told_before_a_model_is_looked_for(draftloop):
     absent = settings(**{"models.target.name": "/nowhere"})
     draftloop(*absent, "generate", " ").assert_wrong_input("the prompt is empty")
     draftloop(*absent, "generate", "--prompts", "none.txt").assert_wrong_input("none.txt")
+
+
+DATA = Path("data")
+"""`storage.directory`, in the test's folder."""
+
+
+def test_every_answer_is_stored(generate, toy_pair):
+    figures = generate("hello", "--json", "--system", "be brief").json
+    alone = generate("hello", "--json", "--no-speculation").json
+    first, second = stored_requests(DATA)
+    assert tuple(first.answer_tokens) == tuple(figures["token_ids"])
+    assert (first.source, first.key, first.adapter) == ("generate", None, None)
+    assert first.domain.startswith("system ")
+    assert first.drafted_tokens == figures["drafted_tokens"] > 0
+    assert tuple(second.answer_tokens) == tuple(alone["token_ids"])
+    assert (second.num_draft_tokens, second.drafted_tokens) == (0, 0)
+    assert first.pair == second.pair == PairKey(*map(str, toy_pair()))
+    assert len(first.traces.top_ids) == len(first.answer_tokens)
+
+
+def test_the_domain_is_the_task_or_the_system_message(generate, tmp_path):
+    file = tmp_path / "p.jsonl"
+    lines = [{"prompt": "hi", "task": "greet"}, {"prompt": "hi"}, {"prompt": "hi", "system": "be brief"}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    generate("--prompts", file).assert_done()
+    generate("hi", "--raw").assert_done()
+    generate("hi", "--system", "be brief").assert_done()
+    tagged, default, brief, raw, flag = (record.domain for record in stored_requests(DATA))
+    assert tagged == "greet"
+    assert default.startswith("system ")
+    assert brief == flag != default
+    assert raw == "no system message"
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"), [(["--no-collect"], []), ([], settings(**{"storage.collect": "false"}))]
+)
+def test_without_collecting_nothing_is_touched(generate, flags, options):
+    answer = generate("hello", *flags, options=options)
+    assert answer.exit_status == 0
+    assert "note" not in answer.err
+    assert not DATA.exists()
+
+
+def test_wrong_input_leaves_no_store_behind(generate):
+    generate("hello", "--no-collect", "--adapter", "a0001").assert_wrong_input("'a0001'", "adapters list")
+    generate(" ").assert_wrong_input("the prompt is empty")
+    assert not DATA.exists()
+
+
+def test_a_store_that_cannot_be_used_is_told_and_can_be_done_without(generate):
+    DATA.mkdir()
+    (DATA / DATABASE_NAME).write_bytes(b"no database " * 100)
+    generate("hello").assert_fails(1, DATABASE_NAME, "--no-collect")
+    done = generate("hello", "--no-collect", "--json", *GREEDY)
+    assert done.json["adapter"] is None
+    assert done.err.startswith("note: the draft goes without an adapter")
+    assert done.err.count("\n") == 1
+    for flags in (["--adapter", "none"], ["--no-speculation"]):
+        assert generate("hello", "--no-collect", "--no-stats", *flags).err == ""
+    named = generate("hello", "--no-collect", "--adapter", "a0001")
+    named.assert_fails(1, DATABASE_NAME, "--adapter none")
+    assert (DATA / DATABASE_NAME).read_bytes() == b"no database " * 100
+
+
+def test_a_store_of_a_newer_version_is_left_alone(generate):
+    import sqlite3
+
+    generate("hello").assert_done()
+    with sqlite3.connect(DATA / DATABASE_NAME) as connection:
+        connection.execute("PRAGMA user_version = 1000")
+    generate("hello").assert_fails(1, "newer version", "--no-collect")
+    generate("hello", "--no-collect").assert_done()
+
+
+def test_the_active_adapter_is_worn_unless_another_is_asked_for(generate, toy_pair):
+    bare = generate("hello", "--json", *GREEDY).json
+    active = add_adapter(DATA, toy_pair(), promote=True)
+    other = add_adapter(DATA, toy_pair(), promote=False, strength=0.1)
+    worn = generate("hello", "--json", *GREEDY).json
+    assert (bare["adapter"], worn["adapter"]) == (None, active)
+    assert worn["token_ids"] == bare["token_ids"]
+    assert worn["alpha"] != bare["alpha"]
+    assert generate("hello", "--json", *GREEDY, "--adapter", "active").json["alpha"] == worn["alpha"]
+    named = generate("hello", "--json", *GREEDY, "--adapter", other).json
+    assert named["adapter"] == other
+    assert named["alpha"] not in (bare["alpha"], worn["alpha"])
+    none = generate("hello", "--json", *GREEDY, "--adapter", "none").json
+    assert (none["adapter"], none["alpha"]) == (None, bare["alpha"])
+    assert generate("hello", "--json", *GREEDY, "--no-speculation").json["adapter"] is None
+    count = len(stored_requests(DATA))
+    assert generate("hello", "--json", *GREEDY, "--no-collect").json["adapter"] == active
+    records = stored_requests(DATA)
+    assert len(records) == count
+    assert [record.adapter for record in records] == [None, active, active, other, None, None]
+
+
+def test_an_adapter_that_cannot_be_worn(generate, toy_pair):
+    generate("hello").assert_done()
+    generate("hello", "--adapter", "a0001").assert_wrong_input("'a0001'", "adapters list")
+    foreign = add_adapter(DATA, toy_pair(), promote=False, draft="somebody/else")
+    generate("hello", "--adapter", foreign).assert_wrong_input(foreign, "somebody/else")
+    generate("hello", "--adapter", "none", "--no-speculation").assert_wrong_input("--adapter")
+    damaged = add_adapter(DATA, toy_pair(), promote=True)
+    (DATA / "adapters" / damaged / "adapter_model.safetensors").write_bytes(b"\0\1")
+    generate("hello").assert_wrong_input(damaged)
+    generate("hello", "--adapter", "none").assert_done()
+
+
+def test_an_interrupted_answer_is_stored_as_far_as_it_came(generate, monkeypatch):
+    stream = Engine.stream
+
+    def interrupted(engine, request, conversation=None):
+        events = stream(engine, request, conversation)
+        for number, event in enumerate(events):
+            if number == 6:
+                events.throw(KeyboardInterrupt)
+            yield event
+
+    monkeypatch.setattr(Engine, "stream", interrupted)
+    assert generate("hello", "--min-tokens", 12).exit_status == 130
+    (record,) = stored_requests(DATA)
+    assert record.finish_reason == "cancelled"
+    assert 0 < len(record.answer_tokens) < 12
+
+
+def test_training_follows_where_the_settings_want_it(generate, toy_pair, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        "draftloop.learning.background.start_training",
+        lambda arguments, directory, *, resume: started.append((list(arguments), directory, resume)),
+    )
+    wanted = {"speculative.acceptance_threshold": 1.0, "training.min_failure_cases": 1, "backend": "torch"}
+    always = settings(**wanted, **{"adaptation.auto_train": "true"})
+    generate("--prompts", two_prompts(tmp_path), options=settings(**wanted)).assert_done()
+    assert started == []
+    result = generate("hello", "--num-draft-tokens", 2, options=always)
+    assert "failures in the background" in result.err
+    ((arguments, directory, resume),) = started
+    assert arguments[-len(always) - 2 :] == [*always, "--set", "speculative.num_draft_tokens=2"]
+    assert (directory, resume) == (Path.cwd() / DATA, False)
+    generate("hello", "--no-collect", options=always).assert_done()
+    generate("hello", options=[*always, *settings(backend="numpy")]).assert_done()
+    assert len(started) == 1
+    with opened(DATA) as store:
+        run = store.runs.start(PairKey(*map(str, toy_pair())), None, {})
+        store.runs.finish(run, RunStatus.INTERRUPTED, {})
+    again = generate("hello", options=always)
+    assert "the interrupted training goes on in the background" in again.err
+    assert started[1][2] is True
+
+
+def two_prompts(tmp_path):
+    """Of two new prompts in one domain at most one is held out: one failure is left to learn from."""
+    file = tmp_path / "two.txt"
+    file.write_text("one\ntwo")
+    return file
+
+
+def test_training_that_cannot_start_does_not_fail_the_answer(generate, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise StorageError("no process could be started", remedy="Try again.")
+
+    monkeypatch.setattr("draftloop.learning.background.start_training", fail)
+    wanted = {"speculative.acceptance_threshold": 1.0, "training.min_failure_cases": 1}
+    options = settings(backend="torch", **wanted, **{"adaptation.auto_train": "true"})
+    result = generate("--prompts", two_prompts(tmp_path), options=options)
+    assert result.exit_status == 0
+    assert "note: no training was started: no process could be started" in result.err

@@ -1,4 +1,4 @@
-"""`draftloop config`, `models`, `doctor` and `demo`."""
+"""`draftloop config`, `models` and `doctor`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from cli_runner import settings
 import models_samples
 import toys
 from draftloop.config import Config, flatten
-from draftloop.engine import Engine
 from draftloop.models import memory
 
 
@@ -181,52 +180,3 @@ def test_doctor_says_what_is_missing_and_leaves_with_1(draftloop, toys_on_numpy,
     facts = json.loads(draftloop(*toys_on_numpy, *settings(**changes), "doctor", "--json").out)
     assert facts["usable"] is False
     assert any(word in problem for problem in facts["problems"])
-
-
-def test_the_demo_compares_both_ways_of_each_prompt(draftloop, toys_on_numpy):
-    result = draftloop(*toys_on_numpy, "demo", "--max-tokens", 8)
-    assert result.exit_status == 0, result.err
-    rows = {line.split()[0]: line.split() for line in result.out.splitlines() if line.strip()}
-    for name in ("code", "explanation", "list"):
-        _, alone, speculating, ratio, alpha, tau, same = rows[name]
-        assert float(ratio) == pytest.approx(float(speculating) / float(alone), abs=0.02)
-        assert 0 <= float(alpha) <= 1 <= float(tau)
-        assert same == "yes"
-    assert rows["all"][-3:] == ["3", "of", "3"]
-    verdict = next(line for line in result.out.splitlines() if line.startswith("Speculating was"))
-    total_ratio = float(rows["all"][3])
-    assert ("SLOWER" in verdict) == (total_ratio <= 0.98)
-    assert "num_draft_tokens = 4" in verdict
-
-
-def test_the_demo_asks_the_target_alone_and_then_the_pair_greedily(draftloop, toys_on_numpy, monkeypatch):
-    asked = []
-
-    def listen(engine, request, conversation=None):
-        asked.append(request)
-        return stream(engine, request, conversation)
-
-    stream = Engine.stream
-    monkeypatch.setattr(Engine, "stream", listen)
-    draftloop(*toys_on_numpy, "demo", "--max-tokens", 9, "--num-draft-tokens", 3)
-    assert all(request.sampling.greedy for request in asked)
-    assert [(r.num_draft_tokens, r.max_tokens) for r in asked] == [(0, 8), (3, 8)] + 3 * [(0, 9), (3, 9)]
-    prompts = [tuple(request.prompt_tokens) for request in asked[2:]]
-    assert prompts[0::2] == prompts[1::2]
-    assert len(set(prompts)) == 3
-
-
-def test_the_demo_runs_the_package_pair_unless_models_are_named(draftloop, monkeypatch):
-    names = []
-
-    def refuse(config, *_, **__):
-        names.append((config.models.target.name, config.generation.max_tokens))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("draftloop.loading.prepare", refuse)
-    draftloop("demo")
-    draftloop("demo", "--models", "config", "--max-tokens", 5)
-    draftloop("--set", "models.target.name=a/b", "demo")
-    draftloop("--set", "models.target.name=a/b", "demo", "--models", "package")
-    package, default = "package:qwen2.5-coder-1.5b-instruct", Config().models.target.name
-    assert names == [(package, 96), (default, 5), ("a/b", 96), (package, 96)]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from draftloop.backends.architecture import Architecture
+    from draftloop.backends.lora import AdapterForm, Lora
+    from draftloop.backends.training import Example, Trainer, TrainerSettings
     from draftloop.types import Rules, Verdict
 
 
@@ -145,6 +147,30 @@ class Model(Protocol):
         """Read tokens and return their logits on the host, [T, V] float32. For tests and calibration."""
         ...
 
+    @property
+    def adapter_forms(self) -> tuple[AdapterForm, ...]:
+        """The forms that `set_adapter` takes here, plainest first; `unfused` is always among them."""
+        ...
+
+    def set_adapter(self, lora: Lora | None, form: AdapterForm) -> None:
+        """Deploy an adapter in place of the one before, or take it away (None). The base is never changed.
+
+        Call it between requests. Caches that were filled before stay usable: their keys and values are
+        the old draft's.
+
+        Raises:
+            ModelUnreadable: the adapter's modules or shapes are not this model's.
+        """
+        ...
+
+    def replay(self, batch: Sequence[Example]) -> list[NDArray[np.float32]]:
+        """Alpha at each response row, teacher-forced: what acceptance would have been with this draft, [R].
+
+        Sampled rows: Σ over the top tokens of min(p, q) + min(p_tail, q_tail), q warped by the example's
+        rules. Greedy rows: 1 where the argmax of q is the example's token, else 0.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
@@ -179,6 +205,15 @@ class Backend(Protocol):
 
         Raises:
             ModelUnreadable: an architecture, quantization or tensor that this backend cannot read.
+        """
+        ...
+
+    def new_trainer(self, folder: Path, lora: Lora, settings: TrainerSettings) -> Trainer:
+        """A trainer that starts from `lora` on the checked folder's model.
+
+        Raises:
+            BackendUnavailable: this backend does not train.
+            ModelUnreadable: as `load`, or `lora` does not fit the model.
         """
         ...
 

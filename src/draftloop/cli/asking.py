@@ -1,25 +1,35 @@
-"""From flags and settings to requests: what `generate`, `chat` and `demo` share.
+"""From flags and settings to requests: what the commands that answer share.
 
-Contract: checks everything that needs no model first, then loads. Must not know where an answer is shown.
+Contract: checks everything that needs no model first, then the store, then loads. Must not know where an
+answer is shown.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from draftloop.cli import options
+from draftloop.cli.console import say
 from draftloop.cli.progress import Bars, waiting
+from draftloop.cli.prompts import THE_PROMPT, Prompt
+from draftloop.errors import ContextFull, InputError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import typer
 
     from draftloop.config import Config
     from draftloop.engine import Engine, Request
+    from draftloop.learning.recorder import Provenance
     from draftloop.loading import Prepared
-    from draftloop.models.tokenizer import Message
+    from draftloop.models.tokenizer import Message, Tokenizer
+    from draftloop.storage.store import Store
+
+ACTIVE_ADAPTER, NO_ADAPTER = "active", "none"
+"""The values of `--adapter` that are no adapter's name (`loading.ACTIVE`, `loading.NONE`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +37,13 @@ class AnswerOptions:
     """How answers are made.
 
     Attributes:
-        config: the settings, the flags' values included.
+        config: the settings, the flags' values included; `storage.collect` is false after `--no-collect`.
         system: the system message; "" means none.
         stop: stop strings.
         seed: of every answer; None draws a new one each time.
         with_draft: False asks the target alone.
+        adapter: the draft's: `active`, `none`, or a name.
+        source: the command, as it is stored beside an answer.
     """
 
     config: Config
@@ -39,9 +51,11 @@ class AnswerOptions:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     with_draft: bool = True
+    adapter: str = ACTIVE_ADAPTER
+    source: str = ""
 
-    def request(self, prompt_tokens: Sequence[int]) -> Request:
-        """Ask for the answer to these tokens."""
+    def request(self, prompt_tokens: Sequence[int], provenance: Provenance | None = None) -> Request:
+        """Ask for the answer to these tokens; without a provenance it is not stored."""
         from draftloop.engine import Request
 
         return Request(
@@ -52,6 +66,7 @@ class AnswerOptions:
             num_draft_tokens=self.config.speculative.num_draft_tokens if self.with_draft else 0,
             stop=self.stop,
             seed=self.seed,
+            provenance=provenance,
         )
 
 
@@ -62,6 +77,8 @@ def read_options(
     stop: list[str] | None,
     seed: int | None,
     no_speculation: bool,
+    no_collect: bool = False,
+    adapter: str | None = None,
 ) -> AnswerOptions:
     """Check the flags and read the settings under them.
 
@@ -73,16 +90,88 @@ def read_options(
         {"--no-speculation": no_speculation, "--num-draft-tokens": drafts},
         "Without speculation nothing is drafted.",
     )
+    options.refuse_together(
+        {"--no-speculation": no_speculation, "--adapter": adapter is not None},
+        "Without speculation there is no draft to wear it.",
+    )
     stops = options.check_stops(stop)
-    if system is not None:
-        options.check_text(system, "--system")
-    config = options.load_settings(context).config
+    for text, name in ((system, "--system"), (adapter, "--adapter")):
+        options.check_text(text or "", name)
+    forced = ["storage.collect=false"] if no_collect else []
+    config = options.load_settings(context, forced=forced).config
     return AnswerOptions(
         config=config,
         system=(config.chat.system_message or "") if system is None else system,
         stop=stops,
         seed=seed,
         with_draft=not no_speculation,
+        adapter=ACTIVE_ADAPTER if adapter is None else adapter,
+        source=context.info_name or "",
+    )
+
+
+@contextmanager
+def open_store_for(asked: AnswerOptions) -> Iterator[Store | None]:
+    """The store that the answers need; None where they need none.
+
+    Where nothing is collected it is only read, and only to learn which adapter to wear: none is created, and
+    one that cannot be read costs the active adapter, said in one line.
+
+    Raises:
+        StorageError: it cannot be used.
+        InputError: there is no adapter of the name asked for.
+    """
+    store = _open_store(asked)
+    if store is None:
+        if _names_an_adapter(asked):
+            raise _no_such_adapter(asked)
+        yield None
+        return
+    with store:
+        if _names_an_adapter(asked):
+            _check_adapter(asked, store)
+        yield store
+
+
+def _open_store(asked: AnswerOptions) -> Store | None:
+    from pathlib import Path
+
+    from draftloop.loading import open_storage
+    from draftloop.storage.store import DATABASE_NAME
+
+    config = asked.config
+    if config.storage.collect:
+        return open_storage(config)
+    wears = asked.with_draft and asked.adapter != NO_ADAPTER
+    if not (wears and (Path(config.storage.directory) / DATABASE_NAME).exists()):
+        return None
+    try:
+        return open_storage(config, read_only=True)
+    except StorageError as error:
+        if asked.adapter != ACTIVE_ADAPTER:
+            raise StorageError(error.what, remedy="With --adapter none the bare draft answers.") from None
+        say(f"note: the draft goes without an adapter: {error.what}")
+        return None
+
+
+def _names_an_adapter(asked: AnswerOptions) -> bool:
+    return asked.with_draft and asked.adapter not in (ACTIVE_ADAPTER, NO_ADAPTER)
+
+
+def _check_adapter(asked: AnswerOptions, store: Store) -> None:
+    record, draft = store.adapters.get(asked.adapter), asked.config.models.draft.name
+    if record is None:
+        raise _no_such_adapter(asked)
+    if record.pair.draft != draft:
+        raise InputError(
+            f"the adapter {asked.adapter} was made for the draft {record.pair.draft}, not for {draft}",
+            remedy="draftloop adapters list names those of this pair.",
+        )
+
+
+def _no_such_adapter(asked: AnswerOptions) -> InputError:
+    return InputError(
+        f"there is no adapter {asked.adapter!r} (--adapter)", remedy="draftloop adapters list names them."
     )
 
 
@@ -93,12 +182,61 @@ def prepare_models(asked: AnswerOptions) -> Prepared:
     return prepare(asked.config, Bars(), with_draft=asked.with_draft)
 
 
-def load_models(config: Config, prepared: Prepared) -> Engine:
-    """Load what `prepare_models` found."""
+def load_models(
+    config: Config, prepared: Prepared, store: Store | None = None, *, adapter: str = ACTIVE_ADAPTER
+) -> Engine:
+    """Load what `prepare_models` found.
+
+    Args:
+        config: the settings.
+        prepared: the models.
+        store: of `open_store_for`; without one nothing is stored and the draft is bare.
+        adapter: the draft's.
+    """
     from draftloop.loading import load_prepared
 
     with waiting("loading the models"):
-        return load_prepared(config, prepared)
+        return load_prepared(config, prepared, store, adapter=adapter)
+
+
+def request_for(
+    asked: AnswerOptions, tokenizer: Tokenizer, prompt: Prompt, *, raw: bool = False, key: str | None = None
+) -> Request:
+    """Ask for the answer to one prompt.
+
+    Args:
+        asked: how.
+        tokenizer: of the pair.
+        prompt: its own system message wins over that of `asked`.
+        raw: go on with the text itself, without a chat template.
+        key: names the prompt in the store.
+
+    Raises:
+        ContextFull: it leaves no room for an answer; says which one it is.
+    """
+    from draftloop.learning.recorder import Provenance, domain_of
+    from draftloop.models.tokenizer import Message
+    from draftloop.speculation.stream import check_fits
+
+    system = "" if raw else system_of(asked, prompt)
+    if raw:
+        tokens = tokenizer.encode(prompt.text, add_special_tokens=True)
+    else:
+        tokens = tokenizer.chat_tokens(framed(system, [Message("user", prompt.text)]))
+    try:
+        check_fits(len(tokens), asked.config.models.target.max_kv_cache_tokens)
+    except ContextFull as error:
+        if prompt.where == THE_PROMPT:
+            raise
+        raise ContextFull(f"{prompt.where}: {error.what}", remedy=error.remedy) from None
+    if not asked.config.storage.collect:
+        return asked.request(tokens)
+    return asked.request(tokens, Provenance(domain_of(system, prompt.task), asked.source, key))
+
+
+def system_of(asked: AnswerOptions, prompt: Prompt) -> str:
+    """The system message of a prompt."""
+    return asked.system if prompt.system is None else prompt.system
 
 
 def framed(system: str, turns: Sequence[Message]) -> list[Message]:

@@ -1,24 +1,34 @@
 """`draftloop chat`: a conversation of many turns, in a terminal or from piped lines.
 
 Contract: the history and the KV cache are kept from turn to turn; a turn that fails or is stopped leaves
-both whole. Must not know how an answer is made.
+both whole. Another adapter may become active between two turns. Must not know how an answer is made.
 """
 
 from __future__ import annotations
 
 import contextlib
-import signal
+import logging
 import sys
-import threading
+import uuid
+from logging.handlers import MemoryHandler
 from typing import TYPE_CHECKING
 
 import typer
 
 from draftloop.cli import options
 from draftloop.cli.answer import AnswerWriter, watch
-from draftloop.cli.asking import AnswerOptions, framed, load_models, prepare_models, read_options
+from draftloop.cli.asking import (
+    AnswerOptions,
+    framed,
+    load_models,
+    open_store_for,
+    prepare_models,
+    read_options,
+)
+from draftloop.cli.chat_learning import PROMPT, ChatNews, open_news
 from draftloop.cli.console import say, say_error, say_failure
 from draftloop.cli.figures import completion_line, speed_line, total
+from draftloop.cli.interrupts import interrupt_as_flag
 from draftloop.cli.prompts import read_turns
 from draftloop.errors import ContextFull, InputError
 
@@ -26,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from draftloop.engine import Completion, Engine
+    from draftloop.learning.recorder import Provenance
     from draftloop.models.tokenizer import Message
     from draftloop.types import TokenKind
 
@@ -53,30 +64,47 @@ def chat(
     stop: options.Stop = None,
     num_draft_tokens: options.NumDraftTokens = None,
     no_speculation: options.NoSpeculation = False,
+    adapter: options.Adapter = None,
+    no_collect: options.NoCollect = False,
     color: options.Color = False,
 ) -> None:
-    """Talk with the pair."""
-    asked = read_options(context, system=system, stop=stop, seed=seed, no_speculation=no_speculation)
-    engine = load_models(asked.config, prepare_models(asked))
-    loop = ChatLoop(engine, asked, AnswerWriter(color=color))
-    if sys.stdin.isatty():
-        loop.run_interactively()
-    else:
-        exit_status = loop.run_lines()
-        if exit_status:
-            raise typer.Exit(exit_status)
+    """Talk with the pair, which learns meanwhile."""
+    asked = read_options(
+        context,
+        system=system,
+        stop=stop,
+        seed=seed,
+        no_speculation=no_speculation,
+        no_collect=no_collect,
+        adapter=adapter,
+    )
+    exit_status = 0
+    with open_store_for(asked) as store:
+        engine = load_models(asked.config, prepare_models(asked), store, adapter=asked.adapter)
+        with open_news(context, asked, store) as news:
+            loop = ChatLoop(engine, asked, AnswerWriter(color=color), news)
+            if sys.stdin.isatty():
+                loop.run_interactively()
+            else:
+                exit_status = loop.run_lines()
+    if exit_status:
+        raise typer.Exit(exit_status)
 
 
 class ChatLoop:
     """One conversation: its messages, its caches, and what each answer cost."""
 
-    def __init__(self, engine: Engine, asked: AnswerOptions, writer: AnswerWriter) -> None:
+    def __init__(
+        self, engine: Engine, asked: AnswerOptions, writer: AnswerWriter, news: ChatNews | None = None
+    ) -> None:
         self._engine = engine
         self._asked = asked
         self._writer = writer
+        self._news = news or ChatNews()
         self._system = asked.system
         self._turns: list[Message] = []
         self._conversation = engine.open_conversation()
+        self._identity = uuid.uuid4().hex
         self._completions: list[Completion] = []
         self._interactive = False
 
@@ -95,7 +123,8 @@ class ChatLoop:
         interrupted = False
         while True:
             try:
-                line = _ask()
+                with self._news.at_prompt():
+                    line = _ask()
                 interrupted = False
                 if line.strip() == "/quit":
                     return
@@ -116,6 +145,7 @@ class ChatLoop:
         """Take each line of a piped stdin as a turn; returns the highest exit status of a failed one."""
         exit_status = 0
         for line in read_turns():
+            self._news.show()
             if line.strip() == "/quit":
                 break
             exit_status = max(exit_status, self._take_safely(line))
@@ -175,20 +205,20 @@ class ChatLoop:
         turns = [*self._turns, Message("user", text)]
         tokens = self._engine.tokenizer.chat_tokens(framed(self._system, turns))
         said: list[str] = []
+        self._follow_adapter()
 
         def show(piece: str, kind: TokenKind) -> None:
             said.append(piece)
             self._writer.text(piece, kind)
 
         try:
-            with _interrupt_as_flag() as stop_wanted:
-                events = self._engine.stream(self._asked.request(tokens), self._conversation)
+            with _notes_afterwards(self._writer), self._news.answering(), interrupt_as_flag() as stop_wanted:
+                request = self._asked.request(tokens, self._provenance())
+                events = self._engine.stream(request, self._conversation)
                 completion = watch(events, show, stop_wanted.is_set)
         except KeyboardInterrupt:
             self._renew_caches()
             raise
-        finally:
-            self._writer.end()
         if completion is None and not self._interactive:
             raise KeyboardInterrupt
         if completion is None and not said:
@@ -200,6 +230,24 @@ class ChatLoop:
         else:
             self._completions.append(completion)
             self._say_if_cut(completion)
+
+    def _follow_adapter(self) -> None:
+        """Another process, or learning in the background, may have made another adapter active."""
+        before = self._engine.adapter
+        try:
+            self._engine.follow_adapter()
+        except InputError as error:
+            # The draft goes on with what it wears.
+            say_failure(error)
+        if self._engine.adapter != before:
+            say(f"the draft wears {self._engine.adapter or 'no adapter'} now")
+
+    def _provenance(self) -> Provenance | None:
+        if not self._asked.config.storage.collect:
+            return None
+        from draftloop.learning.recorder import Provenance, domain_of
+
+        return Provenance(domain_of(self._system), self._asked.source, conversation=self._identity)
 
     def _say_if_cut(self, completion: Completion) -> None:
         from draftloop.types import FinishReason
@@ -223,6 +271,7 @@ class ChatLoop:
     def _clear(self) -> None:
         self._turns = []
         self._conversation = self._engine.open_conversation()
+        self._identity = uuid.uuid4().hex
 
     def _say_stats(self) -> None:
         if not self._completions:
@@ -235,33 +284,34 @@ class ChatLoop:
         cache = self._conversation.target_cache
         say(f"last answer  {completion_line(self._completions[-1], threshold)}")
         say(f"whole chat   {answers} · {speed_line(tally, speed, threshold)}")
+        say(f"adapter      {self._engine.adapter or 'none'}")
         say(f"KV cache     {cache.position} of {cache.max_tokens} tokens")
 
 
 def _ask() -> str:
     """The next line from the terminal; the prompt sign stays out of a piped stdout."""
     if sys.stdout.isatty():
-        return input("> ")
-    sys.stderr.write("> ")
+        return input(PROMPT)
+    sys.stderr.write(PROMPT)
     sys.stderr.flush()
     return input()
 
 
 @contextlib.contextmanager
-def _interrupt_as_flag() -> Iterator[threading.Event]:
-    """Ctrl-C sets the flag inside the block, so that it does not end a model's forward pass midway.
+def _notes_afterwards(writer: AnswerWriter) -> Iterator[None]:
+    """What the program's log has to say while an answer is shown comes below it.
 
-    A second one does, for those who will not wait.
+    At `DEBUG`, which is there to show what happens when, it comes at once.
     """
-    flag = threading.Event()
-
-    def stop(*_: object) -> None:
-        if flag.is_set():
-            raise KeyboardInterrupt
-        flag.set()
-
-    before = signal.signal(signal.SIGINT, stop)
+    logger = logging.getLogger("draftloop")
+    shown = logger.handlers[:]
+    held = [MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize, target=handler) for handler in shown]
+    if not logger.isEnabledFor(logging.DEBUG):
+        logger.handlers[:] = held
     try:
-        yield flag
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        logger.handlers[:] = shown
+        writer.end()
+        for handler in held:
+            handler.close()

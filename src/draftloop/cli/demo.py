@@ -1,41 +1,67 @@
-"""`draftloop demo`: three prompts, the target alone and then the pair, with a table of what it gained.
+"""`draftloop demo`: the whole circle on one machine: answer, collect, train, judge, answer again.
 
-Contract: both modes run on the same loaded models, greedily, in turn for each prompt; the verdict is what
-was measured, also where it is a loss. Must not know how an answer is made.
+Contract: everything runs on models loaded once, greedily, in a store of the demo's own; the verdict is what
+was measured, also where the gate refuses or speculation loses. Must not know how an answer is made or a draft
+trained.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+import shutil
+import time
+from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from draftloop.cli import options
+from draftloop.cli import demo_show, options, traffic
 from draftloop.cli.answer import AnswerWriter, watch
-from draftloop.cli.asking import AnswerOptions, framed, load_models, prepare_models
-from draftloop.cli.console import new_table, out_console, write
-from draftloop.cli.figures import shown, total
-from draftloop.cli.progress import waiting
+from draftloop.cli.asking import NO_ADAPTER, AnswerOptions, load_models, prepare_models, request_for
+from draftloop.cli.console import write
+from draftloop.cli.figures import shown, speed_line, total
+from draftloop.cli.progress import counting, waiting
+from draftloop.cli.prompts import Prompt
+from draftloop.cli.report import write_report
+from draftloop.cli.training_progress import TrainingBars
+from draftloop.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from draftloop.config import Config, LoadedConfig
     from draftloop.engine import Completion, Engine, Request
+    from draftloop.learning.circle import Outcome
+    from draftloop.learning.deployment import Deployed
+    from draftloop.loading import Prepared
+    from draftloop.storage.store import Store
 
 TARGET = "package:qwen2.5-coder-1.5b-instruct"
 DRAFT = "package:qwen2.5-coder-0.5b-instruct"
 """The pair of configs/offline.yaml: it comes from a package index and needs no Hub."""
 
-PROMPTS = (
-    ("code", "Write a Python function that merges two sorted lists into one sorted list."),
-    ("explanation", "Explain in a few sentences why the sky is blue."),
-    ("list", "List the planets of the solar system with one fact about each."),
+DEMO_SETTINGS = (
+    "speculative.num_draft_tokens=3",
+    "speculative.acceptance_threshold=0.9",
+    "generation.max_tokens=64",
+    "training.min_failure_cases=8",
+    "training.lora.target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",
+    "training.lora.rank=16",
+    "training.lora.alpha=32",
+    "training.learning_rate=3e-4",
+    "training.num_epochs=3",
+    "training.warmup_steps=4",
+    "training.max_sequence_length=512",
+    "memory.gradient_checkpointing=false",
 )
-DEFAULT_MAX_TOKENS = 96
+"""What makes a lesson of a few minutes worth having. They stand below `--set`, and are said aloud."""
+
+REQUESTS = 36
+HELD_OUT = 6
+"""Prompts of the same kind that are neither collected nor trained on."""
+DOMAIN = "quartermaster"
+FOLDER = "demo"
 WARM_UP_TOKENS = 8
 
 
@@ -54,32 +80,38 @@ Models = Annotated[
         "Default: package, unless --config or --set names models.",
     ),
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class _Result:
-    """One prompt, answered both ways."""
-
-    name: str
-    alone: Completion
-    speculative: Completion
+Requests = Annotated[
+    int,
+    typer.Option(
+        "--requests", metavar="N", min=30, max=240, help="How many requests to collect and learn from."
+    ),
+]
 
 
 def demo(
     context: typer.Context,
     models: Models = None,
-    max_tokens: options.MaxTokens = DEFAULT_MAX_TOKENS,
+    requests: Requests = REQUESTS,
+    max_tokens: options.MaxTokens = None,
     num_draft_tokens: options.NumDraftTokens = None,
 ) -> None:
-    """Watch the pair at work, and see what it gains on this machine."""
-    loaded = options.load_settings(context, {"--temperature": 0.0})
-    config = _with_pair(loaded, models or _default_choice(context, loaded))
-    asked = AnswerOptions(config=config, system=config.chat.system_message or "", seed=0)
-    engine = load_models(config, prepare_models(asked))
-    device = engine.backend.capabilities().device
-    write(f"target {config.models.target.name}\ndraft  {config.models.draft.name}\non     {device}\n")
-    results = _run(engine, asked)
-    _show(results, config.speculative.num_draft_tokens)
+    """Watch the pair answer, learn from its failures, and answer again."""
+    loaded = options.load_settings(context, defaults=DEMO_SETTINGS, forced=["speculative.temperature=0"])
+    config = _own_folder(_with_pair(loaded, models or _default_choice(context, loaded)))
+    directory = Path(config.storage.directory)
+    _empty(directory)
+    asked = AnswerOptions(config=config, system=traffic.SYSTEM, seed=0, adapter=NO_ADAPTER, source="demo")
+    prepared = prepare_models(asked)
+    # Told now, not after minutes of collecting.
+    prepared.plan.check_training()
+    from draftloop.loading import open_storage
+
+    with open_storage(config) as store:
+        engine = load_models(config, prepared, store, adapter=NO_ADAPTER)
+        demo_show.say_setup(config, engine.backend.capabilities().device, DEMO_SETTINGS)
+        _Circle(engine, store, asked, prepared).go(requests)
+    names = demo_show.names_for(options.global_arguments(context), loaded.config, config)
+    demo_show.say_next(write_report(config), names)
 
 
 def _default_choice(context: typer.Context, loaded: LoadedConfig) -> PairChoice:
@@ -105,87 +137,137 @@ def _with_pair(loaded: LoadedConfig, choice: PairChoice) -> Config:
     return config.model_copy(update={"models": models})
 
 
-def _run(engine: Engine, asked: AnswerOptions) -> list[_Result]:
-    from draftloop.models.tokenizer import Message
-
-    writer = AnswerWriter(color=True, quiet=True)
-    requests = [
-        asked.request(engine.tokenizer.chat_tokens(framed(asked.system, [Message("user", text)])))
-        for _, text in PROMPTS
-    ]
-    with waiting("warming up"):
-        for request in (_alone(requests[0]), requests[0]):
-            engine.complete(dataclasses.replace(request, max_tokens=WARM_UP_TOKENS))
-    results = []
-    for (name, text), request in zip(PROMPTS, requests, strict=True):
-        write(f"\n── {name}: {text}\n")
-        with waiting("the target alone is answering"):
-            alone = engine.complete(_alone(request))
-        writer.legend()
-        speculative = watch(engine.stream(request), writer.text)
-        writer.end()
-        if speculative is not None:
-            results.append(_Result(name, alone, speculative))
-    return results
+def _own_folder(config: Config) -> Config:
+    """What the demo stores must not mix with the user's own requests."""
+    directory = str(Path(config.storage.directory) / FOLDER)
+    storage = config.storage.model_copy(update={"directory": directory, "collect": True})
+    return config.model_copy(update={"storage": storage})
 
 
-def _alone(request: Request) -> Request:
-    return dataclasses.replace(request, num_draft_tokens=0)
+def _empty(directory: Path) -> None:
+    """Forget the last demo.
 
+    Raises:
+        InputError: the folder holds something else, or is in use.
+    """
+    from draftloop.learning.circle import is_training
+    from draftloop.storage.store import DATABASE_NAME
 
-def _show(results: Sequence[_Result], num_draft_tokens: int) -> None:
-    table = new_table("prompt", "alone, tok/s >", "speculating >", "ratio >", "alpha >", "tau >", "same text")
-    alone_tally, alone_speed = total([result.alone for result in results])
-    tally, speed = total([result.speculative for result in results])
-    for result in results:
-        one = result.speculative
-        table.add_row(
-            result.name,
-            *_speeds(result.alone.tokens_per_s, one.tokens_per_s),
-            shown(one.tally.alpha, 2),
-            shown(one.tally.tau, 2),
-            _sameness(result),
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if not (directory / DATABASE_NAME).exists():
+        raise InputError(
+            f"{directory} holds something that is no demo's",
+            remedy="Set storage.directory to another folder.",
         )
-    table.add_section()
-    same = sum(result.alone.token_ids == result.speculative.token_ids for result in results)
-    table.add_row(
-        "all",
-        *_speeds(alone_speed, speed),
-        shown(tally.alpha, 2),
-        shown(tally.tau, 2),
-        f"{same} of {len(results)}",
-    )
-    write("\n")
-    out_console().print(table)
-    counted = f"{tally.completion_tokens} tokens against {alone_tally.completion_tokens}"
-    write(f"\n{_verdict(alone_speed, speed, num_draft_tokens)}\n")
-    write(f"({counted}, greedy; reading the prompts is not counted.)\n")
+    if is_training(directory):
+        raise InputError(f"another demo is running in {directory}", remedy="Wait for its end, or stop it.")
+    write(f"The last demo's requests and adapters in {directory} are forgotten.\n\n")
+    shutil.rmtree(directory)
 
 
-def _speeds(alone: float | None, speculative: float | None) -> tuple[str, str, str]:
-    ratio = speculative / alone if alone and speculative else None
-    return shown(alone, 1), shown(speculative, 1), shown(ratio, 2)
+class _Circle:
+    """The steps, in order."""
+
+    def __init__(self, engine: Engine, store: Store, asked: AnswerOptions, prepared: Prepared) -> None:
+        self._engine = engine
+        self._store = store
+        self._asked = asked
+        self._prepared = prepared
+        # What the prompts begin with alike is read once.
+        self._conversation = engine.open_conversation()
+
+    def go(self, num_requests: int) -> None:
+        """All of them."""
+        every = traffic.quartermaster_prompts(250)
+        held_out = [self._request(text, stored=False) for text in every[-HELD_OUT:]]
+        with _step(1, "One request, answered by the target alone and by the pair"):
+            self._show_one(every[-HELD_OUT], held_out[0])
+        with _step(
+            2, f"{num_requests} requests of the same kind: answer them and store what the draft missed"
+        ):
+            self._collect(every[:num_requests])
+        with _step(3, "Train the draft on them"):
+            outcome = self._learn()
+        demo_show.say_verdict(outcome)
+        if outcome.adapter is not None:
+            with _step(4, f"{HELD_OUT} requests that it has never seen: {demo_show.rivals(outcome)}"):
+                self._compare(held_out, outcome.adapter)
+
+    def _request(self, text: str, *, stored: bool) -> Request:
+        from dataclasses import replace
+
+        asked = request_for(self._asked, self._engine.tokenizer, Prompt(text, task=DOMAIN))
+        return asked if stored else replace(asked, provenance=None)
+
+    def _show_one(self, text: str, request: Request) -> None:
+        from dataclasses import replace
+
+        alone = replace(request, num_draft_tokens=0)
+        with waiting("warming up"):
+            for one in (alone, request):
+                self._engine.complete(replace(one, max_tokens=WARM_UP_TOKENS), self._conversation)
+        write(f"{text}\n\n")
+        with waiting("the target alone is answering"):
+            first = self._engine.complete(alone, self._conversation)
+        writer = AnswerWriter(color=True, quiet=True)
+        writer.legend()
+        second = watch(self._engine.stream(request, self._conversation), writer.text)
+        writer.end()
+        if second is not None:
+            same = "the same text" if first.token_ids == second.token_ids else "ANOTHER TEXT"
+            write(f"\ntarget alone: {shown(first.tokens_per_s, 1)} tok/s\n")
+            write(f"the pair:     {speed_line(second.tally, second.tokens_per_s, 'auto')} · {same}\n")
+
+    def _collect(self, texts: Sequence[str]) -> None:
+        completions = []
+        with counting("collecting", len(texts), shown=True, lines=True) as counter:
+            for text in texts:
+                request = self._request(text, stored=True)
+                completions.append(self._engine.complete(request, self._conversation))
+                tally, _ = total(completions)
+                counter.advance(f"alpha {shown(tally.alpha, 3)} · tau {shown(tally.tau, 2)}")
+        tally, speed = total(completions)
+        write(f"{tally.completion_tokens} tokens · {speed_line(tally, speed, 'auto')}\n")
+
+    def _learn(self) -> Outcome:
+        from draftloop.learning.circle import learn
+        from draftloop.loading import PreparedDraft, open_school
+
+        prepared, config = self._prepared, self._asked.config
+        if prepared.draft_folder is None or prepared.draft is None:
+            raise RuntimeError("the demo's models were prepared without a draft")
+        draft = PreparedDraft(prepared.draft_folder, prepared.draft, prepared.tokenizer, prepared.backend)
+        with TrainingBars() as bars:
+            return learn(open_school(config, draft, self._store), bars, lambda: False)
+
+    def _compare(self, requests: Sequence[Request], adapter: str) -> None:
+        """Each prompt in all three ways, in turn, so that the machine's mood hits all alike."""
+        from dataclasses import replace
+
+        from draftloop.learning.deployment import load_deployed
+
+        trained = load_deployed(self._store, Path(self._asked.config.storage.directory), adapter)
+        answers: dict[str, list[Completion]] = {way: [] for way in demo_show.WAYS}
+        with counting("answering", len(requests), shown=True, lines=True) as counter:
+            for request in requests:
+                alone = replace(request, num_draft_tokens=0)
+                answers[demo_show.ALONE].append(self._answer(alone, None))
+                answers[demo_show.BEFORE].append(self._answer(request, None))
+                answers[demo_show.AFTER].append(self._answer(request, trained))
+                counter.advance()
+        demo_show.say_comparison(answers)
+
+    def _answer(self, request: Request, deployed: Deployed | None) -> Completion:
+        self._engine.wear(deployed)
+        return self._engine.complete(request, self._conversation)
 
 
-def _sameness(result: _Result) -> str:
-    """Greedy text must be the same; kernels that sum in another order may turn a near tie."""
-    here, there = result.alone.token_ids, result.speculative.token_ids
-    if here == there:
-        return "yes"
-    position = next((i for i, pair in enumerate(zip(here, there, strict=False)) if pair[0] != pair[1]), None)
-    return f"differs from token {min(len(here), len(there)) if position is None else position}"
-
-
-def _verdict(alone: float | None, speculative: float | None, num_draft_tokens: int) -> str:
-    if not (alone and speculative):
-        return "Too little was generated to compare."
-    ratio = speculative / alone
-    setting = f"with num_draft_tokens = {num_draft_tokens}"
-    if ratio >= 1.02:
-        return f"Speculating was {ratio:.2f} times as fast as the target alone, {setting}."
-    if ratio > 0.98:
-        return f"Speculating was as fast as the target alone here, {setting}: no gain, no loss."
-    return (
-        f"Speculating was SLOWER here: {ratio:.2f} times the speed of the target alone, {setting}. "
-        "Try another --num-draft-tokens, or answer with --no-speculation."
-    )
+@contextmanager
+def _step(number: int, title: str) -> Iterator[None]:
+    """A heading, and behind it what the step took."""
+    write(f"\n── {number}. {title}\n")
+    started_s = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - started_s
+    write(f"({seconds:.0f} s)\n" if seconds < 100 else f"({seconds / 60:.1f} min)\n")

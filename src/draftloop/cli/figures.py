@@ -29,7 +29,7 @@ def completion_figures(completion: Completion) -> dict[str, Any]:
         "drafted_tokens": tally.drafted_tokens,
         "accepted_tokens": tally.accepted_tokens,
         **_shares(tally),
-        "adapter": None,
+        "adapter": completion.adapter,
         "token_ids": list(completion.token_ids),
         "seed": completion.seed,
         "prompt_tokens_per_s": rounded(_prompt_speed(completion), 2),
@@ -54,13 +54,15 @@ def total(completions: Sequence[Completion]) -> tuple[Tally, float | None]:
     return tally, tokens_per_second(tokens, sum(completion.decode_s for completion in completions))
 
 
-def setup_figures(config: Config, backend: str, *, with_draft: bool) -> dict[str, Any]:
-    """Which models answered, and on what."""
+def setup_figures(
+    config: Config, backend: str | None, adapter: str | None, *, with_draft: bool = True
+) -> dict[str, Any]:
+    """Which models answered, with which adapter, and on what."""
     models = {
         "target": config.models.target.name,
         "draft": config.models.draft.name if with_draft else None,
     }
-    return {"models": models, "backend": backend}
+    return {"adapter": adapter, "models": models, "backend": backend}
 
 
 def completion_line(completion: Completion, threshold: float | str) -> str:

@@ -1,21 +1,28 @@
-"""`draftloop generate`: answer one prompt, or each prompt of a file.
+"""`draftloop generate`: answer one prompt, or each prompt of a file, and store what training needs of it.
 
 Contract: stdout holds the answers, or with `--json` exactly one object; flags, prompts and files are checked
-before a model is loaded. Must not know how an answer is made.
+before a model is loaded. Must not know how an answer is made or stored.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from draftloop.cli import options
+from draftloop.cli.afterwards import learn_afterwards
 from draftloop.cli.answer import AnswerWriter, watch
-from draftloop.cli.asking import AnswerOptions, framed, load_models, prepare_models, read_options
+from draftloop.cli.asking import (
+    AnswerOptions,
+    load_models,
+    open_store_for,
+    prepare_models,
+    read_options,
+    request_for,
+)
 from draftloop.cli.console import say, write, write_json
 from draftloop.cli.figures import (
     completion_figures,
@@ -26,21 +33,15 @@ from draftloop.cli.figures import (
     total,
 )
 from draftloop.cli.progress import counting
-from draftloop.cli.prompts import THE_PROMPT, Prompt, read_prompt, read_prompts
-from draftloop.errors import ContextFull
+from draftloop.cli.prompts import Prompt, read_prompt, read_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from draftloop.engine import Completion, Engine, Request
-    from draftloop.models.tokenizer import Tokenizer
 
 PromptArgument = Annotated[
     str | None, typer.Argument(metavar="PROMPT", help="The prompt; - or nothing reads stdin.")
-]
-PromptsFile = Annotated[
-    Path | None,
-    typer.Option("--prompts", metavar="FILE", help="Many prompts: JSONL, or plain text, one a line."),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Go on with the text as it is: no chat template.")]
 Stats = Annotated[
@@ -62,7 +63,7 @@ def generate(
     context: typer.Context,
     prompt: PromptArgument = None,
     *,
-    prompts_file: PromptsFile = None,
+    prompts_file: options.PromptsFile = None,
     system: options.System = None,
     raw: Raw = False,
     max_tokens: options.MaxTokens = None,
@@ -75,6 +76,8 @@ def generate(
     stop: options.Stop = None,
     num_draft_tokens: options.NumDraftTokens = None,
     no_speculation: options.NoSpeculation = False,
+    adapter: options.Adapter = None,
+    no_collect: options.NoCollect = False,
     as_json: options.AsJson = False,
     stats: Stats = None,
     color: options.Color = False,
@@ -83,35 +86,26 @@ def generate(
     options.refuse_together({"PROMPT": prompt, "--prompts": prompts_file}, "Give one of them.")
     options.refuse_together({"--raw": raw, "--system": system is not None}, "--raw uses no chat template.")
     options.refuse_together({"--json": as_json, "--color": color}, "JSON has no colours.")
-    asked = read_options(context, system=system, stop=stop, seed=seed, no_speculation=no_speculation)
+    asked = read_options(
+        context,
+        system=system,
+        stop=stop,
+        seed=seed,
+        no_speculation=no_speculation,
+        no_collect=no_collect,
+        adapter=adapter,
+    )
     prompts = [read_prompt(prompt)] if prompts_file is None else read_prompts(prompts_file)
-    prepared = prepare_models(asked)
-    requests = [_request(asked, prepared.tokenizer, prompt, raw=raw) for prompt in prompts]
-    engine = load_models(asked.config, prepared)
     display = _Display(as_json, not as_json if stats is None else stats, color)
-    if prompts_file is None:
-        _answer_one(engine, asked, requests[0], display)
-    else:
-        _answer_all(engine, asked, prompts, requests, display)
-
-
-def _request(asked: AnswerOptions, tokenizer: Tokenizer, prompt: Prompt, *, raw: bool) -> Request:
-    """The prompt's tokens, known to fit."""
-    from draftloop.models.tokenizer import Message
-    from draftloop.speculation.stream import check_fits
-
-    if raw:
-        tokens = tokenizer.encode(prompt.text, add_special_tokens=True)
-    else:
-        system = asked.system if prompt.system is None else prompt.system
-        tokens = tokenizer.chat_tokens(framed(system, [Message("user", prompt.text)]))
-    try:
-        check_fits(len(tokens), asked.config.models.target.max_kv_cache_tokens)
-    except ContextFull as error:
-        if prompt.where == THE_PROMPT:
-            raise
-        raise ContextFull(f"{prompt.where}: {error.what}", remedy=error.remedy) from None
-    return asked.request(tokens)
+    with open_store_for(asked) as store:
+        prepared = prepare_models(asked)
+        requests = [request_for(asked, prepared.tokenizer, prompt, raw=raw) for prompt in prompts]
+        engine = load_models(asked.config, prepared, store, adapter=asked.adapter)
+        if prompts_file is None:
+            _answer_one(engine, asked, requests[0], display)
+        else:
+            _answer_all(engine, asked, prompts, requests, display)
+        learn_afterwards(context, asked.config, store)
 
 
 def _answer_one(engine: Engine, asked: AnswerOptions, request: Request, display: _Display) -> None:
@@ -184,4 +178,4 @@ def _named(prompt: Prompt, completion: Completion) -> dict[str, Any]:
 
 def _setup(engine: Engine, asked: AnswerOptions) -> dict[str, Any]:
     backend = engine.backend.capabilities().backend
-    return setup_figures(asked.config, backend, with_draft=asked.with_draft)
+    return setup_figures(asked.config, backend, engine.adapter, with_draft=asked.with_draft)

@@ -13,7 +13,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from draftloop.cli import chat, config, demo, doctor, generate, models
+from draftloop.cli import (
+    adapters,
+    chat,
+    collect,
+    config,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    models,
+    report,
+    stats,
+    train,
+)
 from draftloop.cli.console import say, say_error, say_failure, write
 from draftloop.cli.options import GlobalOptions
 
@@ -72,8 +85,14 @@ def build_app() -> typer.Typer:
     app.callback(invoke_without_command=True)(_global_options)
     app.command("generate")(generate.generate)
     app.command("chat")(chat.chat)
+    app.command("collect")(collect.collect)
+    app.command("evaluate")(evaluate.evaluate)
+    app.command("stats")(stats.stats)
+    app.command("report")(report.report)
+    app.command("train")(train.train)
     app.command("demo")(demo.demo)
     app.command("doctor")(doctor.doctor)
+    app.add_typer(adapters.build_app(), name="adapters")
     app.add_typer(models.build_app(), name="models")
     app.add_typer(config.build_app(), name="config")
     return app

@@ -5,10 +5,9 @@ Contract: a flag that stands for a setting is checked by that setting's own rule
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping  # noqa: TC003  # typer reads annotations when it runs
+from collections.abc import Mapping, Sequence  # noqa: TC003  # typer reads annotations when it runs
 from dataclasses import dataclass, field
-from pathlib import Path  # noqa: TC003
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,8 +18,6 @@ from draftloop.errors import ConfigError, InputError, PromptError
 if TYPE_CHECKING:
     from draftloop.config import Config, LoadedConfig
     from draftloop.types import Sampling
-
-logger = logging.getLogger(__name__)
 
 FLAG_KEYS: Mapping[str, str] = {
     "--max-tokens": "generation.max_tokens",
@@ -76,6 +73,24 @@ System = Annotated[
 ]
 NoSpeculation = Annotated[bool, typer.Option("--no-speculation", help="The target model alone.")]
 Color = Annotated[bool, typer.Option("--color", help="Show accepted draft tokens in another colour.")]
+NoCollect = Annotated[
+    bool, typer.Option("--no-collect", help="Store nothing of this. [storage.collect=false]")
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME",
+        help="The draft's adapter: a name, none (the bare draft), or active. Default: active.",
+    ),
+]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option("--prompts", metavar="FILE", help="Many prompts: JSONL, or plain text, one a line."),
+]
+EveryPrompt = Annotated[
+    Path, typer.Option("--prompts", metavar="FILE", help="The prompts: JSONL, or plain text, one a line.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 
 
@@ -87,18 +102,28 @@ class GlobalOptions:
     overrides: tuple[str, ...] = field(default=())
 
 
+def global_arguments(context: typer.Context) -> list[str]:
+    """The options before the command as they would be written again."""
+    given: GlobalOptions = context.find_object(GlobalOptions) or GlobalOptions()
+    files = [word for file in given.config_files for word in ("--config", str(file))]
+    return [*files, *(word for override in given.overrides for word in ("--set", override))]
+
+
 def flags_given(context: typer.Context) -> dict[str, float]:
     """The flags of `FLAG_KEYS` that the command has and that were given (or have a default), by name."""
     values = {flag: context.params.get(flag.strip("-").replace("-", "_")) for flag in FLAG_KEYS}
     return {flag: value for flag, value in values.items() if value is not None}
 
 
-def load_settings(context: typer.Context, forced: Mapping[str, float] | None = None) -> LoadedConfig:
-    """Read the settings with the command's flags over them; let `logging.level` act; say the notices.
+def load_settings(
+    context: typer.Context, *, defaults: Sequence[str] = (), forced: Sequence[str] = ()
+) -> LoadedConfig:
+    """Read the settings with the command's flags over them; let `logging.level` act.
 
     Args:
         context: of the command; carries the global options and the flags.
-        forced: flags (keys of `FLAG_KEYS`) that the command itself sets.
+        defaults: `KEY=VALUE` that the command sets where neither `--set` nor a flag does.
+        forced: `KEY=VALUE` that the command sets whatever was given.
 
     Raises:
         ConfigError: names the flag or the key.
@@ -106,15 +131,14 @@ def load_settings(context: typer.Context, forced: Mapping[str, float] | None = N
     from draftloop.config import load_config
 
     options: GlobalOptions = context.find_object(GlobalOptions) or GlobalOptions()
-    given = {**flags_given(context), **(forced or {})}
-    overrides = [*options.overrides, *(f"{FLAG_KEYS[flag]}={value}" for flag, value in given.items())]
+    given = flags_given(context)
+    flags = [f"{FLAG_KEYS[flag]}={value}" for flag, value in given.items()]
+    overrides = [*defaults, *options.overrides, *flags, *forced]
     try:
         loaded = load_config(options.config_files, overrides)
     except ConfigError as error:
         raise _naming_the_flag(error, given) from None
     configure_logging(loaded.config.logging.level)
-    for notice in loaded.notices:
-        logger.info(notice)
     return loaded
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from draftloop.models.progress import Task
 
 
+TENTHS = 10
+
+
 class Bars:
     """A bar for each task, with speed and time left. The display lives while a task does."""
 
@@ -103,18 +106,34 @@ class Counter:
     def __init__(self, display: RichProgress | None, identity: TaskID | None) -> None:
         self._display, self._identity = display, identity
 
-    def advance(self) -> None:
-        """One more is done."""
+    def advance(self, figures: str = "") -> None:
+        """One more is done; `figures` stand behind the bar."""
         if self._display is not None and self._identity is not None:
-            self._display.advance(self._identity)
+            self._display.update(self._identity, advance=1, figures=figures)
+
+
+class _Lines(Counter):
+    """Without a terminal: a line for each tenth of the prompts."""
+
+    def __init__(self, label: str, total: int) -> None:
+        super().__init__(None, None)
+        self._label, self._total, self._done = label, total, 0
+
+    def advance(self, figures: str = "") -> None:
+        before, self._done = self._done, self._done + 1
+        if self._done * TENTHS // self._total > before * TENTHS // self._total:
+            say(f"{self._label}: {self._done} of {self._total}{figures and f' · {figures}'}")
 
 
 @contextmanager
-def counting(label: str, total: int, *, shown: bool) -> Iterator[Counter]:
-    """Show how many of `total` are done, where `shown` and stderr is a terminal."""
+def counting(label: str, total: int, *, shown: bool, lines: bool = False) -> Iterator[Counter]:
+    """Show how many of `total` are done, where `shown`: as a bar where stderr is a terminal.
+
+    Elsewhere as `lines`, where those are wanted.
+    """
     console = err_console()
     if not (shown and console.is_terminal):
-        yield Counter(None, None)
+        yield _Lines(label, total) if shown and lines else Counter(None, None)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -123,9 +142,10 @@ def counting(label: str, total: int, *, shown: bool) -> Iterator[Counter]:
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[figures]}", markup=False),
     )
     with Progress(*columns, console=console, transient=True) as display:
-        yield Counter(display, display.add_task(label, total=total))
+        yield Counter(display, display.add_task(label, total=total, figures=""))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from draftloop.config.schema import CROSS_RULE, MAX_COUNT, Config, acts_in, flatten, leaf_fields, nest
+from draftloop.config.schema import CROSS_RULE, MAX_COUNT, Config, flatten, leaf_fields, nest
 from draftloop.config.source import Entry, Origin, OriginKind, read_file, read_override, shorten
 from draftloop.errors import ConfigError
 
@@ -29,9 +29,6 @@ DEFAULT_FILE = Path("configs/config.yaml")
 
 STORAGE_KEY = "storage.directory"
 
-WAITING_VALUES = {("speculative.acceptance_threshold", "auto"): "collect"}
-"""Values that wait for a later command, of settings that act already."""
-
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
@@ -40,13 +37,10 @@ class LoadedConfig:
     Attributes:
         config: the settings; `storage.directory` is absolute.
         origins: of each leaf, by its dotted key, in the schema's order.
-        notices: settings that were changed but act only in a command of a later version, one plain
-            sentence each.
     """
 
     config: Config
     origins: Mapping[str, Origin]
-    notices: tuple[str, ...]
 
 
 def load_config(paths: Sequence[Path] = (), overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -71,13 +65,11 @@ def load_config(paths: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Lo
         config = Config.model_validate(nest({key: entry.value for key, entry in entries.items()}))
     except ValidationError as error:
         raise _explain(error, entries) from None
-    notices = _notices(config, origins)
     directory = _storage_directory(config.storage.directory, origins[STORAGE_KEY], files)
     storage = config.storage.model_copy(update={"directory": str(directory)})
     return LoadedConfig(
         config=config.model_copy(update={"storage": storage}),
         origins=MappingProxyType(origins),
-        notices=notices,
     )
 
 
@@ -95,17 +87,6 @@ def _storage_directory(value: str, origin: Origin, files: Sequence[Path]) -> Pat
         return path.absolute()
     folder = file.absolute().parent
     return (folder.parent if folder.name == DEFAULT_FILE.parent.name else folder) / path
-
-
-def _notices(config: Config, origins: Mapping[str, Origin]) -> tuple[str, ...]:
-    values, defaults, fields = flatten(config), flatten(Config()), leaf_fields()
-    return tuple(
-        f"{key} = {_shown(values[key])} ({origins[key]}) is kept for `{command}`, "
-        "which this version does not have yet"
-        for key, field in fields.items()
-        if values[key] != defaults[key]
-        and (command := acts_in(field) or WAITING_VALUES.get((key, values[key])))
-    )
 
 
 def _explain(error: ValidationError, entries: Mapping[str, Entry]) -> ConfigError:

@@ -1,8 +1,7 @@
-"""Every setting: its name, default, range and, where it waits for a later command, which one.
+"""Every setting: its name, default and range.
 
-Contract: `Config()` is the built-in default, in the order of `configs/config.yaml`. A leaf marked
-`acts_in` is kept for a command that this version lacks; `dev/check_settings.py` proves that every other
-leaf is read by the program. Must not know where a value came from.
+Contract: `Config()` is the built-in default, in the order of `configs/config.yaml`. Every leaf is read by
+the program (`dev/check_settings.py` proves it). Must not know where a value came from.
 """
 
 from __future__ import annotations
@@ -66,11 +65,6 @@ Name = Annotated[str, AfterValidator(_name)]
 Module = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def _later(default: Any, command: str = "train") -> Any:
-    """A field that is checked and kept, but that acts only in a command of a later version."""
-    return Field(default, json_schema_extra={"acts_in": command})
-
-
 class Settings(BaseModel):
     """A section: frozen, strict (`"4"` is no number, `true` is no 1), no unknown keys, no NaN."""
 
@@ -121,7 +115,7 @@ class LoraSettings(Settings):
     """The adapter's shape: `output = base(x) + (alpha / rank) · lora(x)` (Hu et al. 2021)."""
 
     rank: Count = 8
-    alpha: Annotated[float, Field(gt=0)] = _later(16)
+    alpha: Annotated[float, Field(gt=0)] = 16
     target_modules: Annotated[
         tuple[Module, ...], Field(min_length=1, strict=False), AfterValidator(_no_repeats)
     ] = ("q_proj", "v_proj")
@@ -131,14 +125,18 @@ class TrainingSettings(Settings):
     """How the draft learns."""
 
     lora: LoraSettings = LoraSettings()
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = _later(1.0e-4)
+    objective: Literal["lk_hybrid", "forward_kl", "reverse_kl", "total_variation", "cross_entropy"] = (
+        "lk_hybrid"
+    )
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1.0e-4
     batch_size: Count = 1
-    gradient_accumulation_steps: Count = _later(4)
-    num_epochs: Count = _later(3)
-    warmup_steps: CountOrNone = _later(10)
-    min_failure_cases: Count = _later(50)
-    replay_ratio: Annotated[float, Field(ge=0, lt=1)] = _later(0.2)
+    gradient_accumulation_steps: Count = 4
+    num_epochs: Count = 3
+    warmup_steps: CountOrNone = 10
+    min_failure_cases: Count = 50
+    replay_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.2
     max_sequence_length: Annotated[int, Field(ge=MIN_SEQUENCE_TOKENS, le=MAX_COUNT)] = 2048
+    seed: CountOrNone = 0
 
 
 class MemorySettings(Settings):
@@ -159,13 +157,23 @@ class LoggingSettings(Settings):
     """What is written beside the answers."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    tensorboard: bool = _later(default=False)
+    tensorboard: bool = False
 
 
 class StorageSettings(Settings):
     """Where requests, adapters and reports are kept. `load_config` makes the directory absolute."""
 
-    directory: Name = _later("data", "collect")
+    directory: Name = "data"
+    collect: bool = True
+    max_megabytes: Count = 1024
+
+
+class AdaptationSettings(Settings):
+    """When the draft learns by itself, and when it takes a lesson back."""
+
+    auto_train: Literal["auto"] | bool = "auto"
+    idle_s: Annotated[float, Field(ge=0)] = 20.0
+    revert_after_requests: Count = 20
 
 
 class Config(Settings):
@@ -181,6 +189,7 @@ class Config(Settings):
     backend: Literal["auto", "numpy", "torch", "mlx"] = "auto"
     device: Literal["auto", "cpu", "gpu"] = "auto"
     storage: StorageSettings = StorageSettings()
+    adaptation: AdaptationSettings = AdaptationSettings()
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
@@ -218,12 +227,6 @@ def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> dict[str
         else:
             leaves[f"{prefix}{name}"] = field
     return leaves
-
-
-def acts_in(field: FieldInfo) -> str | None:
-    """The command in which a leaf acts, where this version lacks that command; else None."""
-    extra = field.json_schema_extra
-    return str(extra["acts_in"]) if isinstance(extra, dict) and "acts_in" in extra else None
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
@@ -285,8 +285,9 @@ def _dots(key: str) -> Iterator[int]:
 
 
 def _is_text(key: str) -> bool:
-    """Whether a value of this key is text: its default is one."""
-    return isinstance(leaf_fields()[key].get_default(), str)
+    """Whether a value of this key is text: its default is one, and true or false would be none."""
+    field = leaf_fields()[key]
+    return isinstance(field.get_default(), str) and bool not in get_args(field.annotation)
 
 
 def _is_null(node: yaml.Node) -> bool:

@@ -5,6 +5,7 @@ Contract: heads of files only, so it is quick on any model. Must not know where 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("BF16", "F16", "F32")
 _WORD_BITS = 32
+_DIGESTED_BYTES = 1 << 20
 _REMEDY = "Pull or copy the model again, or choose another one."
 
 
@@ -43,6 +45,24 @@ def check_folder(folder: Path) -> Architecture:
         raise ModelUnreadable(f"{folder} has no tokenizer.json", remedy=_REMEDY)
     _check_tensors(folder, architecture, _read_heads(folder))
     return architecture
+
+
+def heads_digest(folder: Path) -> str:
+    """SHA-256 over config.json and each shard's size and first MiB: tells models apart without reading all.
+
+    Raises:
+        ModelUnreadable: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for file in sorted(folder.iterdir()):
+            if file.name == "config.json" or file.suffix == ".safetensors":
+                digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+                with file.open("rb") as opened:
+                    digest.update(opened.read(_DIGESTED_BYTES))
+    except OSError as error:
+        raise ModelUnreadable(f"{folder} cannot be read: {error}", remedy=_REMEDY) from error
+    return digest.hexdigest()
 
 
 def folder_bytes(folder: Path) -> int:

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from draftloop.speculation.round import Round
 
 
-def acceptance_rate(accepted_tokens: int, drafted_tokens: int) -> float | None:
+def acceptance_rate(accepted_tokens: float, drafted_tokens: float) -> float | None:
     """Accepted / drafted; an untested tail counts as rejected. None where nothing was drafted."""
     return accepted_tokens / drafted_tokens if drafted_tokens else None
 
@@ -19,7 +21,7 @@ def mean_alpha(alpha_sum: float, tested_tokens: int) -> float | None:
     return alpha_sum / tested_tokens if tested_tokens else None
 
 
-def tokens_per_round(completion_tokens: int, rounds: int) -> float | None:
+def tokens_per_round(completion_tokens: float, rounds: float) -> float | None:
     """Tau: tokens emitted a round, the extra one included. None before the first round."""
     return completion_tokens / rounds if rounds else None
 
@@ -27,6 +29,52 @@ def tokens_per_round(completion_tokens: int, rounds: int) -> float | None:
 def tokens_per_second(tokens: int, seconds: float) -> float | None:
     """Tokens over wall time; None where no time passed."""
     return tokens / seconds if seconds > 0 else None
+
+
+def expected_rounds(alphas: Sequence[float], num_draft_tokens: int) -> float:
+    """Rounds that an answer would need, were position i accepted with probability alphas[i], independently.
+
+    A round at position t drafts k = min(K, R - t - 1) tokens (`round.draft_budget`) and emits m + 1 of them
+    with probability α_t ⋯ α_{t+m-1} · (1 - α_{t+m}) for m < k, and α_t ⋯ α_{t+k-1} for m = k. Where every
+    alpha is 0 or 1 this counts the rounds of the one walk there is, which is greedy decoding's, whether EOS
+    or `max_tokens` ended the answer: whoever emits the last token, the round is the same. Sampled, a token
+    and its acceptance depend on each other, which alphas leave out.
+
+    Args:
+        alphas: [R], alpha of each position of the answer.
+        num_draft_tokens: K >= 0.
+
+    Returns:
+        0 for an empty answer; R where K is 0.
+    """
+    return _expected_walk(alphas, num_draft_tokens)[0]
+
+
+def expected_acceptance_rate(alphas: Sequence[float], num_draft_tokens: int) -> float | None:
+    """Expected accepted over expected drafted tokens of the same walk; None where nothing is drafted.
+
+    As for an answer that `max_tokens` ended: each round adds one token to the accepted ones, the last one
+    too. Where EOS ended it, serving also counts the guesses at EOS and, if that one was wrong, behind it.
+    """
+    rounds, drafted_tokens = _expected_walk(alphas, num_draft_tokens)
+    return acceptance_rate(len(alphas) - rounds, drafted_tokens)
+
+
+def _expected_walk(alphas: Sequence[float], num_draft_tokens: int) -> tuple[float, float]:
+    """Expected rounds and drafted tokens from the first position on."""
+    length = len(alphas)
+    chances = [float(alpha) for alpha in alphas]
+    # Entry t: from position t to the end. What follows m accepted tokens is folded from the last m on.
+    rounds, drafted = [0.0] * (length + 1), [0.0] * (length + 1)
+    for t in range(length - 1, -1, -1):
+        k = min(num_draft_tokens, length - t - 1)
+        later_rounds, later_drafted = rounds[t + k + 1], drafted[t + k + 1]
+        for i in range(t + k - 1, t - 1, -1):
+            chance = chances[i]
+            later_rounds = rounds[i + 1] + chance * (later_rounds - rounds[i + 1])
+            later_drafted = drafted[i + 1] + chance * (later_drafted - drafted[i + 1])
+        rounds[t], drafted[t] = 1 + later_rounds, k + later_drafted
+    return rounds[0], drafted[0]
 
 
 @dataclass(slots=True)

@@ -61,11 +61,18 @@ class Conversation:
         self.tokens: list[int] = []
         self.target_cache: Cache = pair.target.new_cache()
         self.draft_cache: Cache | None = pair.draft.new_cache() if pair.draft else None
+        self.adapter: str | None = None
 
     @property
     def max_tokens(self) -> int:
         """The longest text, prompt and answer together: the target's `max_kv_cache_tokens`."""
         return self.target_cache.max_tokens
+
+    def forget_draft(self, adapter: str | None) -> None:
+        """The draft wears another adapter now: what it cached was computed by the old one."""
+        if self.draft_cache is not None:
+            self.draft_cache.trim(self.draft_cache.position)
+        self.adapter = adapter
 
     def settle(self, num_tokens: int) -> None:
         """Make the text `num_tokens` long and forget what the caches hold beyond it."""

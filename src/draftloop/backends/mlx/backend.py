@@ -13,13 +13,17 @@ import mlx.core as mx
 
 from draftloop.backends.architecture import read_architecture
 from draftloop.backends.base import Capabilities
+from draftloop.backends.mlx.memory import memory_errors
 from draftloop.errors import BackendUnavailable, ModelUnreadable
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from draftloop.backends.architecture import Architecture
+    from draftloop.backends.lora import Lora
     from draftloop.backends.mlx.model import MlxModel
+    from draftloop.backends.mlx.training import MlxTrainer
+    from draftloop.backends.training import TrainerSettings
 
 
 class MlxBackend:
@@ -71,6 +75,22 @@ class MlxBackend:
             network = _load_network(folder, architecture)
         return MlxModel(architecture, network, self._device, max_kv_cache_tokens)
 
+    def new_trainer(self, folder: Path, lora: Lora, settings: TrainerSettings) -> MlxTrainer:
+        """A trainer with a network of its own, so that a draft loaded from the same folder is untouched.
+
+        Raises:
+            ModelUnreadable: what mlx-lm refuses, or `lora` does not fit the model.
+            OutOfMemory: the model does not fit once more.
+        """
+        from draftloop.backends.mlx.adapter import check_fits
+        from draftloop.backends.mlx.training import MlxTrainer
+
+        architecture = read_architecture(folder)
+        check_fits(architecture, lora)
+        with mx.stream(self._device):
+            network = _load_network(folder, architecture)
+        return MlxTrainer(architecture, network, lora, settings, self._device)
+
     def clear_cache(self) -> None:
         """Give back the buffers that MLX keeps for reuse."""
         mx.clear_cache()
@@ -82,10 +102,11 @@ def _load_network(folder: Path, architecture: Architecture) -> Any:
     from mlx_lm.utils import load_model
 
     try:
-        network, _ = load_model(folder, model_config=_model_config(architecture))
-        # An array that is still lazy can be computed only by the thread that made it, and `load_model`
-        # leaves some so: rotary tables are no parameters.
-        mx.eval([value for module in network.modules() for value in _arrays(module)])
+        with memory_errors(f"loading {folder}", "Choose a smaller model, or close other programs."):
+            network, _ = load_model(folder, model_config=_model_config(architecture))
+            # An array that is still lazy can be computed only by the thread that made it, and `load_model`
+            # leaves some so: rotary tables are no parameters.
+            mx.eval([value for module in network.modules() for value in _arrays(module)])
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ModelUnreadable(
             f"MLX cannot load {folder}: {error}", remedy="Pull the model again, or choose another one."

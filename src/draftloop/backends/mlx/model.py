@@ -6,24 +6,29 @@ sequence is computed alone, so a batch is a loop. Must not know how a model is f
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 from draftloop.backends.base import Proposal
 from draftloop.backends.mlx.acceptance import accept, draw, mask, top_tokens, warp
+from draftloop.backends.mlx.adapter import Adapters
+from draftloop.backends.mlx.memory import memory_errors
+from draftloop.backends.mlx.replay import replay
 from draftloop.types import TRACE_TOP_TOKENS, Trace, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from draftloop.backends.architecture import Architecture
     from draftloop.backends.base import Cache, PrefillJob, ProposeJob, VerifyJob
+    from draftloop.backends.lora import AdapterForm, Lora
+    from draftloop.backends.training import Example
 
     Floats = NDArray[np.float32]
 
@@ -82,6 +87,7 @@ class MlxModel:
         self._network = network
         self._device = device
         self._max_kv_cache_tokens = max_kv_cache_tokens
+        self._adapters = Adapters(architecture, network)
 
     @property
     def architecture(self) -> Architecture:
@@ -90,9 +96,8 @@ class MlxModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes its weights occupy, packed where they are."""
-        parameters = cast("list[tuple[str, mx.array]]", tree_flatten(self._network.parameters()))
-        return sum(array.nbytes for _, array in parameters)
+        """Bytes its weights occupy, packed where they are, and those of its adapter."""
+        return self._adapters.num_bytes
 
     def new_cache(self) -> MlxCache:
         """An empty cache."""
@@ -100,19 +105,19 @@ class MlxModel:
 
     def prefill(self, batch: Sequence[PrefillJob]) -> None:
         """Append tokens to each job's cache. The output head is never computed: nobody asks for it."""
-        with mx.stream(self._device):
+        with self._running("answering"):
             for job in batch:
                 self._forward(job.cache, _ids(job.tokens))
             mx.eval([layer.state for job in batch for layer in cast("MlxCache", job.cache).layers])
 
     def propose(self, batch: Sequence[ProposeJob]) -> list[Proposal]:
         """Draft K tokens for each job: tokens [K] int32 and, unless greedy, q [K, V], both still lazy."""
-        with mx.stream(self._device):
+        with self._running("answering"):
             return [self._propose(job) for job in batch]
 
     def verify(self, batch: Sequence[VerifyJob]) -> list[Verdict]:
         """Test each job's proposal; one evaluation and one transfer for the whole batch."""
-        with mx.stream(self._device):
+        with self._running("answering"):
             parts = [self._decide(job) for job in batch]
             packed = np.array(mx.concatenate([array for part in parts for array in part]))
         verdicts = []
@@ -124,8 +129,29 @@ class MlxModel:
 
     def logits(self, cache: Cache, tokens: Sequence[int]) -> Floats:
         """Append tokens [T] and return their logits [T, V]."""
-        with mx.stream(self._device):
+        with self._running("answering"):
             return np.array(self._forward(cache, _ids(tokens)).astype(mx.float32))
+
+    @property
+    def adapter_forms(self) -> tuple[AdapterForm, ...]:
+        """Every form where the checkpoint is quantized; beside its modules and dense where it is not."""
+        return self._adapters.forms
+
+    def set_adapter(self, lora: Lora | None, form: AdapterForm) -> None:
+        """Deploy an adapter, or take it away; see `Adapters.wear` for what it raises."""
+        with self._running("deploying an adapter"):
+            self._adapters.wear(lora, form)
+
+    def replay(self, batch: Sequence[Example]) -> list[Floats]:
+        """Alpha at each response row of each example, [R]."""
+        with self._running("measuring the draft"):
+            return [replay(self._network, self._architecture, example) for example in batch]
+
+    @contextmanager
+    def _running(self, what: str) -> Iterator[None]:
+        remedy = "Lower models.target.max_kv_cache_tokens, or choose smaller models."
+        with memory_errors(what, remedy), mx.stream(self._device):
+            yield
 
     def _forward(self, cache: Cache, tokens: mx.array) -> mx.array:
         """Append tokens [T] int32 to a cache: logits [T, V], in the model's own dtype.

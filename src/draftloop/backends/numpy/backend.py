@@ -13,7 +13,9 @@ import numpy as np
 from draftloop.backends.architecture import read_architecture
 from draftloop.backends.base import Capabilities, Proposal
 from draftloop.backends.numpy.acceptance import accept, draw, top_tokens, warp
+from draftloop.backends.numpy.adapter import FORMS
 from draftloop.backends.numpy.decoder import Decoder, NumpyCache
+from draftloop.backends.numpy.replay import alpha_rows
 from draftloop.backends.numpy.weights import read_weights
 from draftloop.errors import BackendUnavailable
 from draftloop.types import Trace, Verdict
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
     from draftloop.backends.architecture import Architecture
     from draftloop.backends.base import Cache, PrefillJob, ProposeJob, VerifyJob
+    from draftloop.backends.lora import AdapterForm, Lora
+    from draftloop.backends.training import Example, Trainer, TrainerSettings
 
 
 class NumpyBackend:
@@ -64,6 +68,16 @@ class NumpyBackend:
         architecture = read_architecture(folder)
         decoder = Decoder(architecture, read_weights(folder, architecture.quantization))
         return NumpyModel(architecture, decoder, max_kv_cache_tokens)
+
+    def new_trainer(self, folder: Path, lora: Lora, settings: TrainerSettings) -> Trainer:  # noqa: ARG002
+        """Never: the reference has no backward pass.
+
+        Raises:
+            BackendUnavailable: always.
+        """
+        raise BackendUnavailable(
+            "the numpy backend does not train", remedy="Set backend: torch, or mlx on Apple silicon."
+        )
 
     def clear_cache(self) -> None:
         """Nothing to do: NumPy keeps no memory for reuse."""
@@ -107,6 +121,25 @@ class NumpyModel:
     def logits(self, cache: Cache, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Append tokens [T] and return their logits [T, V]."""
         return self._read(cache, tokens)
+
+    @property
+    def adapter_forms(self) -> tuple[AdapterForm, ...]:
+        """Beside its modules, and dense."""
+        return FORMS
+
+    def set_adapter(self, lora: Lora | None, form: AdapterForm) -> None:
+        """Deploy an adapter, or take it away; see `Decoder.set_adapter` for what it raises."""
+        self._decoder.set_adapter(lora, form)
+
+    def replay(self, batch: Sequence[Example]) -> list[NDArray[np.float32]]:
+        """Alpha at each response row of each example, [R]."""
+        return [self._replay(example) for example in batch]
+
+    def _replay(self, example: Example) -> NDArray[np.float32]:
+        # The last token predicts no row; a cache of the example's own length is never too short.
+        cache = NumpyCache(self._architecture, len(example.tokens))
+        logits = self._read(cache, example.tokens[:-1].tolist())
+        return alpha_rows(logits[example.num_prompt_tokens - 1 :], example)
 
     def _read(self, cache: Cache, tokens: Sequence[int]) -> NDArray[np.float32]:
         return self._decoder.forward(cast("NumpyCache", cache), tokens)

@@ -1,4 +1,4 @@
-"""The Llama skeleton in float32, one sequence at a time.
+"""The Llama skeleton in float32, or in float64 where its weights are, one sequence at a time.
 
 Contract: `NumpyCache` holds one sequence's keys and values; `Decoder.forward` appends tokens to one and
 gives their logits. Must not know sampling or proposals.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from draftloop.backends.architecture import rope_inverse_frequencies, tensor_shapes
+from draftloop.backends.numpy.adapter import NO_ADAPTER, wear
 from draftloop.errors import ModelUnreadable
 
 if TYPE_CHECKING:
@@ -23,21 +24,25 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from draftloop.backends.architecture import Architecture
+    from draftloop.backends.lora import AdapterForm, Lora
 
-    Floats = NDArray[np.float32]
+    Floats = NDArray[np.floating]
 
 _FIRST_CAPACITY_TOKENS = 64
+_FLOAT32: np.dtype[np.floating] = np.dtype(np.float32)
 
 
 class NumpyCache:
     """Keys and values of one sequence: two arrays [L, capacity, G, W], grown by doubling up to the cap."""
 
-    def __init__(self, architecture: Architecture, max_tokens: int) -> None:
+    def __init__(
+        self, architecture: Architecture, max_tokens: int, dtype: np.dtype[np.floating] = _FLOAT32
+    ) -> None:
         self._max_tokens = max_tokens
         self._position = 0
         shape = (architecture.num_layers, 0, architecture.num_kv_heads, architecture.head_dim)
-        self._keys = np.zeros(shape, np.float32)
-        self._values = np.zeros(shape, np.float32)
+        self._keys: Floats = np.zeros(shape, dtype)
+        self._values: Floats = np.zeros(shape, dtype)
 
     @property
     def position(self) -> int:
@@ -90,7 +95,8 @@ class Decoder:
 
     Args:
         architecture: the shapes.
-        weights: float32 tensors by checkpoint name; matrices are [out, in].
+        weights: tensors by checkpoint name, all float32 or all float64, which is what it computes in;
+            matrices are [out, in].
 
     Raises:
         ModelUnreadable: a tensor is missing or has another shape than the architecture says.
@@ -99,6 +105,7 @@ class Decoder:
     def __init__(self, architecture: Architecture, weights: dict[str, Floats]) -> None:
         self._architecture = architecture
         self._weights = weights
+        self._adapter = NO_ADAPTER
         self._head = "model.embed_tokens" if architecture.tied_embeddings else "lm_head"
         # float64 until the angle is taken: a float32 angle of a far position loses digits.
         self._inverse_frequencies = np.array(rope_inverse_frequencies(architecture), np.float64)
@@ -106,8 +113,22 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors, an adapter aside."""
         return sum(value.nbytes for value in self._weights.values())
+
+    @property
+    def dtype(self) -> np.dtype[np.floating]:
+        """What it computes in; a cache must be of the same."""
+        return self._weights["model.norm.weight"].dtype
+
+    def set_adapter(self, lora: Lora | None, form: AdapterForm) -> None:
+        """Compute with `lora` from now on; None goes back to the weights alone, bit for bit.
+
+        Raises:
+            ModelUnreadable: the adapter's modules or shapes are not this model's; the one before stays.
+            ValueError: a form that is unknown here.
+        """
+        self._adapter = wear(self._architecture, self._weights, lora, form)
 
     def forward(self, cache: NumpyCache, tokens: Sequence[int]) -> Floats:
         """Append tokens [T] to the cache and return their logits [T, V].
@@ -119,7 +140,7 @@ class Decoder:
         cache.extend(len(tokens))
         ids = np.minimum(np.asarray(tokens, np.int64), a.vocab_size - 1)
         angles = np.arange(start, start + len(ids))[:, None] * self._inverse_frequencies
-        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        cos, sin = np.cos(angles).astype(self.dtype), np.sin(angles).astype(self.dtype)
         hidden = self._weights["model.embed_tokens.weight"][ids]
         for layer in range(a.num_layers):
             prefix = f"model.layers.{layer}"
@@ -128,7 +149,7 @@ class Decoder:
             normed = self._norm(f"{prefix}.post_attention_layernorm", hidden)
             gate = self._linear(f"{prefix}.mlp.gate_proj", normed)
             up = self._linear(f"{prefix}.mlp.up_proj", normed)
-            hidden = hidden + self._linear(f"{prefix}.mlp.down_proj", gate / (1 + np.exp(-gate)) * up)
+            hidden = hidden + self._linear(f"{prefix}.mlp.down_proj", _silu(gate) * up)
         return self._linear(self._head, self._norm("model.norm", hidden))
 
     def _attention(self, layer: int, hidden: Floats, cache: NumpyCache, cos: Floats, sin: Floats) -> Floats:
@@ -144,22 +165,27 @@ class Decoder:
         keys, values = cache.write(layer, _rotate(k, cos, sin), v)
         # Query head h reads key/value head h // (H / G): [G, H/G, T, W] against [G, 1, C, W].
         grouped = _rotate(q, cos, sin).reshape(count, a.num_kv_heads, -1, a.head_dim).transpose(1, 2, 0, 3)
-        scores = grouped @ keys.transpose(1, 2, 0)[:, None] / np.float32(np.sqrt(a.head_dim))
+        scores = grouped @ keys.transpose(1, 2, 0)[:, None] / self.dtype.type(np.sqrt(a.head_dim))
         future = np.arange(len(keys))[None, :] > np.arange(len(keys) - count, len(keys))[:, None]
-        scores = np.where(future, np.float32(-np.inf), scores)
+        scores = np.where(future, self.dtype.type(-np.inf), scores)
         scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
         scores /= scores.sum(axis=-1, keepdims=True)
         mixed = scores @ values.transpose(1, 0, 2)[:, None]
         return self._linear(f"{prefix}.o_proj", mixed.transpose(2, 0, 1, 3).reshape(count, -1))
 
     def _linear(self, name: str, values: Floats) -> Floats:
-        out: Floats = values @ self._weights[f"{name}.weight"].T
+        fused = self._adapter.fused.get(name)
+        out: Floats = values @ (self._weights[f"{name}.weight"] if fused is None else fused).T
+        beside = self._adapter.beside.get(name)
+        if beside is not None:
+            a, b = beside
+            out = out + values @ a.T @ b.T
         bias = self._weights.get(f"{name}.bias")
         return out if bias is None else out + bias
 
     def _norm(self, name: str, values: Floats) -> Floats:
         mean_square = np.square(values).mean(axis=-1, keepdims=True)
-        eps = np.float32(self._architecture.rms_norm_eps)
+        eps = self.dtype.type(self._architecture.rms_norm_eps)
         normed: Floats = values / np.sqrt(mean_square + eps) * self._weights[f"{name}.weight"]
         return normed
 
@@ -173,6 +199,13 @@ class Decoder:
                     f"tensor {name} is {list(found.shape)}, config.json says {list(shape)}",
                     remedy="Pull the model again.",
                 )
+
+
+def _silu(values: Floats) -> Floats:
+    # Far below zero the exponential is infinite and the quotient 0, as it should be.
+    with np.errstate(over="ignore"):
+        out: Floats = values / (1 + np.exp(-values))
+    return out
 
 
 def _rotate(heads: Floats, cos: Floats, sin: Floats) -> Floats:

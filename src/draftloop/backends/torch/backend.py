@@ -1,58 +1,63 @@
-"""PyTorch behind the seam: opens a device, loads folders, drafts and verifies.
+"""PyTorch behind the seam: opens a device, loads folders, drafts, verifies and wears adapters.
 
 Contract: `backends/base.py`. Sequences of a batch are read one after another.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from draftloop.backends.architecture import Architecture, read_architecture
 from draftloop.backends.base import Cache, Capabilities, PrefillJob, Proposal, ProposeJob, VerifyJob
 from draftloop.backends.torch.acceptance import draw, mask, to_device, verdict_of, warp
+from draftloop.backends.torch.adapter import adapter_forms, deployed_layers
 from draftloop.backends.torch.decoder import Decoder, TorchCache
+from draftloop.backends.torch.memory import memory_errors
+from draftloop.backends.torch.replay import row_alphas, rows_of
+from draftloop.backends.torch.training import TorchTrainer, open_trainer
 from draftloop.backends.torch.weights import WeightLoader
-from draftloop.errors import BackendUnavailable, ModelUnreadable, OutOfMemory
+from draftloop.errors import BackendUnavailable, ModelUnreadable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
+    from draftloop.backends.lora import AdapterForm, Lora
+    from draftloop.backends.torch.weights import Weights
+    from draftloop.backends.training import Example, TrainerSettings
     from draftloop.types import Verdict
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@contextmanager
-def _memory_errors(what: str) -> Iterator[None]:
-    """Turn PyTorch's out-of-memory errors, on a GPU and on a CPU, into ours."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # On a CPU it is a RuntimeError like any other but for its words.
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not known and "can't allocate memory" not in str(error):
-            raise
-        raise OutOfMemory(
-            f"memory ran out while {what}",
-            remedy="Lower models.target.max_kv_cache_tokens, or choose smaller models.",
-        ) from error
+_REPLAY_CHUNK_TOKENS = 512
+"""Tokens that are read at once: the mask of their attention grows with the square."""
+_REPLAY_CHUNK_ROWS = 64
+"""Rows whose float32 logits are in memory at once: 39 MB at a vocabulary of 152,000."""
+_SERVING_REMEDY = "Lower models.target.max_kv_cache_tokens, or choose smaller models."
 
 
 class TorchModel:
-    """One loaded decoder."""
+    """One loaded decoder.
 
-    def __init__(self, decoder: Decoder, num_bytes: int, max_tokens: int, device: torch.device) -> None:
-        self.decoder = decoder
-        self._num_bytes = num_bytes
+    Args:
+        loader: made the weights; an adapter's fused forms read the folder's rows through it again.
+        weights: the base's, which no adapter changes.
+        max_tokens: of each cache.
+    """
+
+    def __init__(self, loader: WeightLoader, weights: Weights, max_tokens: int) -> None:
+        self.decoder = Decoder(loader.architecture, weights, loader.dtype, max_tokens)
+        self._loader = loader
+        self._base = weights
         self._max_tokens = max_tokens
-        self._device = device
+        self._device = loader.device
 
     @property
     def architecture(self) -> Architecture:
@@ -62,36 +67,68 @@ class TorchModel:
     @property
     def weight_bytes(self) -> int:
         """See `Model`."""
-        return self._num_bytes
+        return self._base.num_bytes
 
     def new_cache(self) -> TorchCache:
         """See `Model`."""
-        with _memory_errors("making room for a KV cache"):
+        with memory_errors("making room for a KV cache", _SERVING_REMEDY):
             return TorchCache(self.architecture, self._max_tokens, self.decoder.dtype, self._device)
 
     @torch.inference_mode()
     def prefill(self, batch: Sequence[PrefillJob]) -> None:
         """See `Model`."""
-        with _memory_errors("reading a prompt"):
+        with memory_errors("reading a prompt", _SERVING_REMEDY):
             for job in batch:
                 self._forward(job.cache, self._ids(job.tokens))
 
     @torch.inference_mode()
     def propose(self, batch: Sequence[ProposeJob]) -> list[Proposal]:
         """See `Model`."""
-        with _memory_errors("drafting"):
+        with memory_errors("drafting", _SERVING_REMEDY):
             return [self._propose(job) for job in batch]
 
     @torch.inference_mode()
     def verify(self, batch: Sequence[VerifyJob]) -> list[Verdict]:
         """See `Model`."""
-        with _memory_errors("verifying"):
+        with memory_errors("verifying", _SERVING_REMEDY):
             return [self._verify(job) for job in batch]
 
     @torch.inference_mode()
     def logits(self, cache: Cache, tokens: Sequence[int]) -> NDArray[np.float32]:
         """See `Model`."""
         host: NDArray[np.float32] = self.decoder.head(self._forward(cache, self._ids(tokens))).cpu().numpy()
+        return host
+
+    @property
+    def adapter_forms(self) -> tuple[AdapterForm, ...]:
+        """See `Model`."""
+        return adapter_forms(self.architecture, self._device)
+
+    @torch.inference_mode()
+    def set_adapter(self, lora: Lora | None, form: AdapterForm) -> None:
+        """See `Model`. Where it raises, what was deployed before stays."""
+        layers = self._base.layers
+        if lora is not None:
+            with memory_errors("deploying an adapter", _SERVING_REMEDY):
+                layers = deployed_layers(layers, lora, form, self._loader)
+        self.decoder.weights = replace(self._base, layers=layers)
+
+    @torch.inference_mode()
+    def replay(self, batch: Sequence[Example]) -> list[NDArray[np.float32]]:
+        """See `Model`."""
+        with memory_errors("replaying a stored request", "Lower training.max_sequence_length."):
+            return [self._replay(example) for example in batch]
+
+    def _replay(self, example: Example) -> NDArray[np.float32]:
+        if not example.num_rows:
+            return np.empty(0, np.float32)
+        rows, first = rows_of(example, self._device), example.num_prompt_tokens - 1
+        hidden = self.decoder.hidden_rows(self._ids(example.tokens[:-1]), first, _REPLAY_CHUNK_TOKENS)
+        alphas = [
+            row_alphas(self.decoder.head(chunk), rows, example, _REPLAY_CHUNK_ROWS * i)
+            for i, chunk in enumerate(hidden.split(_REPLAY_CHUNK_ROWS))
+        ]
+        host: NDArray[np.float32] = torch.cat(alphas).cpu().numpy()
         return host
 
     def _propose(self, job: ProposeJob) -> Proposal:
@@ -118,7 +155,7 @@ class TorchModel:
             ids = torch.cat((ids, guesses if isinstance(guesses, torch.Tensor) else self._ids(guesses)))
         return verdict_of(self.decoder.head(self._forward(job.cache, ids)), job)
 
-    def _ids(self, tokens: Sequence[int]) -> torch.Tensor:
+    def _ids(self, tokens: Sequence[int] | NDArray[np.int32]) -> torch.Tensor:
         return torch.tensor(list(tokens), dtype=torch.long).to(self._device, non_blocking=True)
 
     def _forward(self, cache: Cache, ids: torch.Tensor) -> torch.Tensor:
@@ -156,10 +193,17 @@ class TorchBackend:
         """See `Backend`."""
         architecture = read_architecture(folder)
         dtype = self._activation_dtype(architecture)
-        with _memory_errors(f"loading {folder.name}"), torch.inference_mode():
-            weights = WeightLoader(folder, architecture, dtype, self._device).load()
-            decoder = Decoder(architecture, weights, dtype, max_kv_cache_tokens)
-        return TorchModel(decoder, weights.num_bytes, max_kv_cache_tokens, self._device)
+        loader = WeightLoader(folder, architecture, dtype, self._device)
+        with memory_errors(f"loading {folder.name}", _SERVING_REMEDY), torch.inference_mode():
+            return TorchModel(loader, loader.load(), max_kv_cache_tokens)
+
+    def new_trainer(self, folder: Path, lora: Lora, settings: TrainerSettings) -> TorchTrainer:
+        """See `Backend`."""
+        architecture = read_architecture(folder)
+        dtype = self._activation_dtype(architecture)
+        # float16's range is too short for gradients that nobody scales.
+        dtype = torch.bfloat16 if dtype is torch.float16 else dtype
+        return open_trainer(WeightLoader(folder, architecture, dtype, self._device), lora, settings)
 
     def clear_cache(self) -> None:
         """See `Backend`."""

@@ -88,12 +88,12 @@ class Decoder:
         self.architecture = architecture
         self.weights = weights
         self.dtype = dtype
-        device = weights.final_norm.device
-        frequencies = torch.tensor(rope_inverse_frequencies(architecture), dtype=torch.float64)
-        angles = torch.outer(torch.arange(max_tokens, dtype=torch.float64), frequencies)
-        # x·cos + roll(x)·sin with the sign of the rotated half folded into sin.
-        self._cos = torch.cat((angles.cos(), angles.cos()), dim=1).float().unsqueeze(1).to(device)
-        self._sin = torch.cat((-angles.sin(), angles.sin()), dim=1).float().unsqueeze(1).to(device)
+        self._cos, self._sin = rope_tables(architecture, max_tokens, weights.final_norm.device)
+
+    def reach(self, tokens: int) -> None:
+        """Prepare for texts of so many tokens, where they are longer than what it was built for."""
+        if tokens > len(self._cos):
+            self._cos, self._sin = rope_tables(self.architecture, tokens, self._cos.device)
 
     def forward(self, cache: TorchCache, tokens: torch.Tensor) -> torch.Tensor:
         """Read `tokens` [T]; the last norm's output, [T, D] in the activation dtype."""
@@ -106,6 +106,16 @@ class Decoder:
             gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
             x += layer.down(silu(gate).mul_(up))
         return self._norm(x, self.weights.final_norm)
+
+    def hidden_rows(self, tokens: torch.Tensor, first: int, chunk_tokens: int) -> torch.Tensor:
+        """Read a whole text [T] by chunks, in a cache of its own; states [T - first, D] from `first` on."""
+        self.reach(len(tokens))
+        cache = TorchCache(self.architecture, len(tokens), self.dtype, tokens.device)
+        parts = []
+        for chunk in tokens.split(chunk_tokens):
+            start = cache.position
+            parts.append(self.forward(cache, chunk)[max(0, first - start) :])
+        return torch.cat(parts)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, D] -> logits [T, V] float32."""
@@ -128,7 +138,7 @@ class Decoder:
         width, count = self.architecture.head_dim, len(x)
         qkv = layer.qkv(x).view(count, heads + 2 * groups, width)
         qk, v = qkv.split((heads + groups, groups), dim=1)
-        qk = self._rotate(self._head_norms(layer, qk.float()), span).to(self.dtype)
+        qk = rotate(self._head_norms(layer, qk.float()), span.cos, span.sin).to(self.dtype)
         q, k = qk.split((heads, groups), dim=1)
         values[0, :, span.start : span.end] = k.transpose(0, 1)
         values[1, :, span.start : span.end] = v.transpose(0, 1)
@@ -149,10 +159,21 @@ class Decoder:
         k = rms_norm(qk[:, heads:], layer.k_norm.shape, layer.k_norm, eps)
         return torch.cat((q, k), dim=1)
 
-    @staticmethod
-    def _rotate(x: torch.Tensor, span: Span) -> torch.Tensor:
-        """Rotary embedding, half-split (Su et al. 2021): x [T, heads, E]."""
-        return torch.addcmul(x * span.cos, x.roll(x.shape[-1] // 2, -1), span.sin)
+
+def rope_tables(
+    architecture: Architecture, max_tokens: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `rotate` takes, [max_tokens, 1, E] float32; sin carries the sign of the rotated half."""
+    frequencies = torch.tensor(rope_inverse_frequencies(architecture), dtype=torch.float64)
+    angles = torch.outer(torch.arange(max_tokens, dtype=torch.float64), frequencies)
+    cos = torch.cat((angles.cos(), angles.cos()), dim=1)
+    sin = torch.cat((-angles.sin(), angles.sin()), dim=1)
+    return cos.float().unsqueeze(1).to(device), sin.float().unsqueeze(1).to(device)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding, half-split (Su et al. 2021): x [T, heads, E], cos and sin [T, 1, E]."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def _attend(

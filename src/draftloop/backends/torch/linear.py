@@ -1,4 +1,4 @@
-"""Linear layers: dense, and 4-bit weights multiplied as they are.
+"""Linear layers: dense, and 4-bit or 8-bit weights multiplied as they are.
 
 Contract: `layer(x)` maps [T, in] to [T, out] in the layer's activation dtype. MLX affine weights
 (w = scale · code + bias) become PyTorch's int4 packing, which computes (code - 8) · scale + zero; hence
@@ -92,6 +92,28 @@ class Int4Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class Int8Linear:
+    """codes: [padded out, in] int8; scales: [padded out], one for each row; bias: [out] or None. CPU only."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    out_features: int
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Linear`."""
+        y: torch.Tensor = torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scales)
+        if y.shape[1] > self.out_features:
+            y = y[:, : self.out_features]
+        return y if self.bias is None else y.add_(self.bias)
+
+    @property
+    def num_bytes(self) -> int:
+        """See `Linear`."""
+        return self.codes.nbytes + self.scales.nbytes
+
+
+@dataclass(frozen=True, slots=True)
 class AffineWeight:
     """One MLX affine 4-bit weight as stored.
 
@@ -107,6 +129,11 @@ def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
     """[N, in / 8] 32-bit words -> [N, in] uint8 codes in 0…15 (little-endian: low nibble first)."""
     nibbles = packed.contiguous().view(torch.uint8)
     return torch.stack((nibbles & 15, nibbles >> 4), dim=-1).flatten(1)
+
+
+def pack_codes(codes: torch.Tensor) -> torch.Tensor:
+    """[N, in] uint8 codes -> [N, in / 8] 32-bit words, the inverse of `unpack_codes`."""
+    return (codes[:, ::2] | codes[:, 1::2] << 4).contiguous().view(torch.int32)
 
 
 def dequantize(weight: AffineWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -137,6 +164,13 @@ def int4_linear(
         out_features=len(scales),
         bias=bias,
     )
+
+
+def int8_linear(rows: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> Int8Linear:
+    """Round [out, in] float32 rows to 8 bits, each by its own largest value."""
+    scales = (rows.abs().amax(dim=1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+    codes = _pad_rows((rows / scales.unsqueeze(1)).round_().to(torch.int8)).contiguous()
+    return Int8Linear(codes, _pad_rows(scales.unsqueeze(1)).squeeze(1).to(dtype), len(rows), bias)
 
 
 def _pad_rows(rows: torch.Tensor) -> torch.Tensor:

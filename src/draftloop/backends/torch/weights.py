@@ -17,6 +17,7 @@ from draftloop.backends.torch.linear import AffineWeight, DenseLinear, Linear, d
 from draftloop.errors import ModelUnreadable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from draftloop.backends.architecture import Architecture, Quantization
@@ -133,6 +134,17 @@ class TensorFolder:
             ) from error
 
 
+def layer_groups(prefix: str) -> dict[str, tuple[str, ...]]:
+    """The linear modules of the layer at `prefix`, by the field of `Layer` that stacks their rows."""
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    return {
+        "qkv": tuple(f"{attention}.{name}_proj" for name in "qkv"),
+        "output": (f"{attention}.o_proj",),
+        "gate_up": (f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+        "down": (f"{mlp}.down_proj",),
+    }
+
+
 class WeightLoader:
     """Builds `Weights` from a folder."""
 
@@ -148,54 +160,75 @@ class WeightLoader:
         """Read and pack every layer."""
         layers = tuple(self._layer(f"model.layers.{i}") for i in range(self.architecture.num_layers))
         linears = [m for layer in layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-        embedding, head = self._tables()
-        untied = isinstance(embedding, DenseEmbedding) and not self.architecture.tied_embeddings
+        embedding, tied = self.embedding(), self.architecture.tied_embeddings
+        if isinstance(embedding, DenseEmbedding) and tied:
+            head: Linear = DenseLinear(embedding.weight, None)
+        else:
+            head = self._linear(self.head_module)
+        untied = isinstance(embedding, DenseEmbedding) and not tied
         return Weights(
             embedding=embedding,
             layers=layers,
-            final_norm=self._norm("model.norm"),
+            final_norm=self.norm("model.norm"),
             head=head,
             num_bytes=sum(m.num_bytes for m in (*linears, head)) + (head.num_bytes if untied else 0),
         )
 
-    def _tables(self) -> tuple[Embedding, Linear]:
-        """The embedding and the output head, one tensor where they are dense and tied."""
-        name, tied = "model.embed_tokens", self.architecture.tied_embeddings
-        quantization = self.architecture.quantization
-        if quantization is None:
-            weight = self.tensors.dense(f"{name}.weight").to(self.device, self.dtype)
-            return DenseEmbedding(weight), DenseLinear(weight, None) if tied else self._linear("lm_head")
-        # On a CPU the table stays in the mapped file and takes memory only for the rows looked up.
-        table = self.tensors.affine(name, quantization)
-        if self.device.type != "cpu":
-            table = AffineWeight(*(t.to(self.device) for t in (table.weight, table.scales, table.biases)))
-        return AffineEmbedding(table), self._linear(name if tied else "lm_head")
+    def embedding(self) -> DenseEmbedding | AffineEmbedding:
+        """The embedding. On a CPU a quantized table stays in the mapped file, but for the rows looked up."""
+        name = "model.embed_tokens"
+        if self.architecture.quantization is None:
+            return DenseEmbedding(self.dense((name,)))
+        return AffineEmbedding(self.affine(name))
+
+    @property
+    def head_module(self) -> str:
+        """Whose weight the output head multiplies with."""
+        return "model.embed_tokens" if self.architecture.tied_embeddings else "lm_head"
+
+    def dense(self, modules: Sequence[str]) -> torch.Tensor:
+        """Rows of a dense checkpoint's modules, stacked, in the activation dtype."""
+        rows = [self.tensors.dense(f"{module}.weight").to(self.device, self.dtype) for module in modules]
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    def affine(self, module: str) -> AffineWeight:
+        """A quantized module's three tensors, on the device.
+
+        Raises:
+            ValueError: the checkpoint is dense.
+        """
+        if self.architecture.quantization is None:
+            raise ValueError(f"{module} is not quantized")
+        raw = self.tensors.affine(module, self.architecture.quantization)
+        return AffineWeight(*(t.to(self.device) for t in (raw.weight, raw.scales, raw.biases)))
+
+    def bias(self, modules: Sequence[str]) -> torch.Tensor | None:
+        """The modules' biases in one row, in the activation dtype; None where they have none."""
+        if not self.tensors.has(f"{modules[0]}.bias"):
+            return None
+        biases = [self.tensors.dense(f"{module}.bias") for module in modules]
+        return torch.cat(biases).to(self.device, self.dtype)
+
+    def norm(self, module: str) -> torch.Tensor:
+        """A norm's weight, float32."""
+        return self.tensors.dense(f"{module}.weight").to(self.device, torch.float32)
 
     def _layer(self, prefix: str) -> Layer:
-        attention, mlp, qk_norm = f"{prefix}.self_attn", f"{prefix}.mlp", self.architecture.qk_norm
+        attention, qk_norm = f"{prefix}.self_attn", self.architecture.qk_norm
+        linears = {field: self._linear(*modules) for field, modules in layer_groups(prefix).items()}
         return Layer(
-            input_norm=self._norm(f"{prefix}.input_layernorm"),
-            qkv=self._linear(*(f"{attention}.{name}_proj" for name in "qkv")),
-            q_norm=self._norm(f"{attention}.q_norm") if qk_norm else None,
-            k_norm=self._norm(f"{attention}.k_norm") if qk_norm else None,
-            output=self._linear(f"{attention}.o_proj"),
-            post_norm=self._norm(f"{prefix}.post_attention_layernorm"),
-            gate_up=self._linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
-            down=self._linear(f"{mlp}.down_proj"),
+            input_norm=self.norm(f"{prefix}.input_layernorm"),
+            q_norm=self.norm(f"{attention}.q_norm") if qk_norm else None,
+            k_norm=self.norm(f"{attention}.k_norm") if qk_norm else None,
+            post_norm=self.norm(f"{prefix}.post_attention_layernorm"),
+            **linears,
         )
-
-    def _norm(self, module: str) -> torch.Tensor:
-        return self.tensors.dense(f"{module}.weight").to(self.device, torch.float32)
 
     def _linear(self, *modules: str) -> Linear:
         """Modules that read the same input, their rows stacked."""
-        bias = None
-        if self.tensors.has(f"{modules[0]}.bias"):
-            biases = [self.tensors.dense(f"{module}.bias") for module in modules]
-            bias = torch.cat(biases).to(self.device, self.dtype)
+        bias = self.bias(modules)
         quantization = self.architecture.quantization
         if quantization is not None:
             parts = [self.tensors.affine(module, quantization) for module in modules]
             return int4_linear(parts, bias, quantization.group_size, self.dtype, self.device)
-        rows = [self.tensors.dense(f"{module}.weight").to(self.device, self.dtype) for module in modules]
-        return DenseLinear(torch.cat(rows) if len(rows) > 1 else rows[0], bias)
+        return DenseLinear(self.dense(modules), bias)

@@ -1,0 +1,145 @@
+"""`draftloop evaluate`: how well the draft guesses on a file of prompts, task by task.
+
+Contract: stores nothing; one adapter is worn from the first prompt to the last; the same seed and settings
+give the same figures but for the speed. Must not know how an answer is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import typer  # noqa: TC002  # typer reads annotations when it runs
+
+from draftloop.cli import options  # noqa: TC001
+from draftloop.cli.asking import (
+    ACTIVE_ADAPTER,
+    NO_ADAPTER,
+    AnswerOptions,
+    load_models,
+    open_store_for,
+    prepare_models,
+    read_options,
+    request_for,
+)
+from draftloop.cli.console import new_table, out_console, say, write_json
+from draftloop.cli.figures import setup_figures, shown, summary_figures, total
+from draftloop.cli.progress import counting
+from draftloop.cli.prompts import read_prompts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from draftloop.cli.prompts import Prompt
+    from draftloop.engine import Completion, Engine, Request
+    from draftloop.storage.store import Store
+
+NO_TASK = "no task"
+"""Stands for the prompts that name none."""
+WARM_UP_TOKENS = 8
+
+
+def evaluate(
+    context: typer.Context,
+    *,
+    prompts_file: options.EveryPrompt,
+    system: options.System = None,
+    max_tokens: options.MaxTokens = None,
+    min_tokens: options.MinTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    seed: options.Seed = 0,
+    stop: options.Stop = None,
+    num_draft_tokens: options.NumDraftTokens = None,
+    no_speculation: options.NoSpeculation = False,
+    adapter: options.Adapter = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure speed and acceptance on a file of prompts; store nothing."""
+    asked = read_options(
+        context,
+        system=system,
+        stop=stop,
+        seed=seed,
+        no_speculation=no_speculation,
+        no_collect=True,
+        adapter=adapter,
+    )
+    prompts = read_prompts(prompts_file)
+    with open_store_for(asked) as store:
+        asked = _with_fixed_adapter(asked, store)
+        prepared = prepare_models(asked)
+        requests = [request_for(asked, prepared.tokenizer, prompt) for prompt in prompts]
+        engine = load_models(asked.config, prepared, store, adapter=asked.adapter)
+    completions = _answer(engine, requests)
+    setup = setup_figures(
+        asked.config,
+        engine.backend.capabilities().backend,
+        engine.adapter,
+        with_draft=asked.with_draft,
+    )
+    tasks = _by_task(prompts, completions)
+    if as_json:
+        figures = {"prompts": len(prompts), **summary_figures(completions)}
+        write_json({**figures, "tasks": {name: _figures(done) for name, done in tasks.items()}, **setup})
+    else:
+        _show(tasks, completions)
+        say(f"adapter: {engine.adapter or 'none'} · {setup['backend']} · nothing was stored")
+
+
+def _with_fixed_adapter(asked: AnswerOptions, store: Store | None) -> AnswerOptions:
+    """The active adapter by its name: a promotion meanwhile must not mix two drafts in one figure."""
+    from draftloop.loading import pair_of
+
+    if asked.adapter != ACTIVE_ADAPTER or store is None:
+        return asked
+    active = store.adapters.active(pair_of(asked.config))
+    return replace(asked, adapter=NO_ADAPTER if active is None else active.name)
+
+
+def _answer(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
+    engine.complete(replace(requests[0], max_tokens=WARM_UP_TOKENS, min_tokens=1))
+    completions: list[Completion] = []
+    with counting("evaluating", len(requests), shown=True, lines=True) as counter:
+        for request in requests:
+            completions.append(engine.complete(request))
+            tally, speed = total(completions)
+            counter.advance(f"alpha {shown(tally.alpha, 2)} · {shown(speed, 1)} tok/s")
+    return completions
+
+
+def _by_task(prompts: Iterable[Prompt], completions: Iterable[Completion]) -> dict[str, list[Completion]]:
+    """Answers by task, in the order of their first prompts."""
+    tasks: dict[str, list[Completion]] = {}
+    for prompt, completion in zip(prompts, completions, strict=True):
+        tasks.setdefault(prompt.task or NO_TASK, []).append(completion)
+    return tasks
+
+
+def _figures(completions: Sequence[Completion]) -> dict[str, Any]:
+    return {"prompts": len(completions), **summary_figures(completions)}
+
+
+def _show(tasks: Mapping[str, Sequence[Completion]], completions: Sequence[Completion]) -> None:
+    columns = ("task", "prompts >", "tokens >", "tok/s >", "alpha >", "tau >", "acceptance_rate >")
+    table = new_table(*columns)
+    for name, done in tasks.items():
+        table.add_row(name, *_cells(done))
+    if len(tasks) > 1:
+        table.add_section()
+        table.add_row("all", *_cells(completions))
+    out_console().print(table)
+
+
+def _cells(completions: Sequence[Completion]) -> tuple[str, ...]:
+    tally, speed = total(completions)
+    return (
+        str(len(completions)),
+        str(tally.completion_tokens),
+        shown(speed, 1),
+        shown(tally.alpha, 3),
+        shown(tally.tau, 2),
+        shown(tally.acceptance_rate, 3),
+    )

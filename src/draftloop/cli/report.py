@@ -1,0 +1,140 @@
+"""`draftloop report`: one HTML file that shows what the draft has learnt.
+
+Contract: writes that file, whole or not at all, and prints its path; changes nothing in the store and
+fetches nothing. Must not know what is in the page.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from draftloop.cli.console import write
+from draftloop.cli.options import load_settings
+from draftloop.cli.progress import format_bytes, waiting
+from draftloop.errors import DraftloopError, InputError
+
+if TYPE_CHECKING:
+    from draftloop.config import Config
+    from draftloop.models.tokenizer import Tokenizer
+
+REPORTS_FOLDER = "reports"
+VERSIONED = ("numpy", "torch", "mlx")
+
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", metavar="FILE", help="Default: reports/report-DATE.html below storage.directory."
+    ),
+]
+
+
+def report(context: typer.Context, output: Output = None) -> None:
+    """Write an HTML page about the draft: alpha and tau over requests, training, adapters, hard tokens."""
+    config = load_settings(context).config
+    write(f"{write_report(config, None if output is None else _checked(output))}\n")
+
+
+def write_report(config: Config, path: Path | None = None) -> Path:
+    """Write the page of what is stored; returns where it lies.
+
+    Raises:
+        InputError: nothing is stored yet.
+        StorageError: the store cannot be read, or the page cannot be written.
+    """
+    path = path or _default_path(config)
+    with waiting("making the report"):
+        page = _page(config)
+    from draftloop.models.cache import make_folder, new_file
+
+    make_folder(path.parent)
+    with new_file(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return path
+
+
+def _default_path(config: Config) -> Path:
+    return Path(config.storage.directory) / REPORTS_FOLDER / f"report-{time.strftime('%Y-%m-%d')}.html"
+
+
+def _checked(path: Path) -> Path:
+    """Where the user wants it.
+
+    Raises:
+        InputError: no file can be there, or something else is.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"--output {path}: there is no folder {path.parent}", remedy="Make it first.")
+    if path.exists() and not path.is_file():
+        raise InputError(f"--output {path} is no plain file", remedy="Name the file to be written.")
+    return path
+
+
+def _page(config: Config) -> str:
+    from draftloop.learning.selection import select
+    from draftloop.loading import pair_of
+    from draftloop.reporting.overview import training_state
+    from draftloop.reporting.page import Surroundings, render_report
+    from draftloop.reporting.stored import read_stored
+    from draftloop.reporting.tokens import TokenNames
+    from draftloop.storage.store import DATABASE_NAME, open_store
+
+    directory, pair = Path(config.storage.directory), pair_of(config)
+    if not (directory / DATABASE_NAME).exists():
+        raise InputError(
+            f"nothing is stored in {directory} yet",
+            remedy="Answer something first (draftloop generate, chat, collect), or set storage.directory.",
+        )
+    with open_store(directory, max_megabytes=config.storage.max_megabytes, read_only=True) as store:
+        stored = read_stored(store, pair)
+        selection = select(store, pair, config)
+        stored_bytes = store.requests.stored_bytes()
+    size = f"{format_bytes(stored_bytes)} of {config.storage.max_megabytes:,} MB"
+    setting = config.speculative.acceptance_threshold
+    surroundings = Surroundings(
+        made_s=time.time(),
+        facts=[*_machine_rows(), ("Store", f"{directory}, {size}")],
+        waiting=training_state(selection, setting, len(stored.drafted)),
+    )
+    names = TokenNames(_tokenizer(config) if stored.mistakes.rows else None)
+    return render_report(stored, names, surroundings)
+
+
+def _tokenizer(config: Config) -> Tokenizer | None:
+    """Of whichever model of the pair is here; None where neither can be read."""
+    from draftloop.models.resolve import locate
+    from draftloop.models.tokenizer import Tokenizer
+
+    for name in (config.models.draft.name, config.models.target.name):
+        try:
+            folder = locate(name)
+            if folder is not None:
+                return Tokenizer.load(folder)
+        except DraftloopError:
+            continue  # the report does without: tokens get their numbers
+    return None
+
+
+def _machine_rows() -> list[tuple[str, str]]:
+    from importlib.metadata import PackageNotFoundError, version
+    from platform import python_version
+
+    from draftloop.cli.examine import machine_facts
+
+    machine = machine_facts()
+    parts = [
+        f"{machine['cpu']}, {machine['cores']} cores",
+        f"{format_bytes(machine['memory_bytes'])} of memory",
+        machine["gpu"] or "no GPU",
+        machine["system"],
+    ]
+    versions = [f"draftloop {version('draftloop')}", f"Python {python_version()}"]
+    for package in VERSIONED:
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return [("This machine", ", ".join(parts)), ("Versions", ", ".join(versions))]

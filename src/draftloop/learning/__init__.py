@@ -1,0 +1,1 @@
+"""Traces → batches → trainer → gate → promote. Knows the backends' seam and the store, no framework."""

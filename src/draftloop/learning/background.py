@@ -1,0 +1,227 @@
+"""Learning in the background: a training run in a process of its own, and when to start one.
+
+Contract: whoever answers is never made to wait, and never fails because of it. The process is the program's
+own `train` command at the lowest priority, in a session of its own, so that Ctrl-C in a terminal is not meant
+for it; it outlives its parent unless it is told to stop. Must not know how anything is shown.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from draftloop.errors import DraftloopError
+from draftloop.learning.circle import interrupted_run, is_training
+from draftloop.learning.run import RUNS_FOLDER
+from draftloop.learning.selection import select
+from draftloop.models.cache import make_folder, storage_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from draftloop.config import Config
+    from draftloop.storage.records import PairKey
+    from draftloop.storage.store import Store
+
+RESULT_NAME, LOG_NAME = "background.json", "background.log"
+"""Where the newest background run writes its outcome, and everything else, below `runs/`."""
+
+
+def start_training(arguments: Sequence[str], directory: Path, *, resume: bool = False) -> Training:
+    """Start `draftloop <arguments> train --json` as a process of its own and come back at once.
+
+    Args:
+        arguments: global options, as they stand before a command.
+        directory: `storage.directory`.
+        resume: go on with the interrupted run.
+
+    Raises:
+        StorageError: the process cannot be started, or its output cannot be written.
+    """
+    folder = make_folder(directory / RUNS_FOLDER)
+    words = [*arguments, "train", "--json", "--background", *(["--resume"] if resume else [])]
+    result, log = folder / RESULT_NAME, folder / LOG_NAME
+    with (
+        storage_errors(f"starting a training run in {folder}"),
+        result.open("wb") as out,
+        log.open("wb") as err,
+    ):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "draftloop", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+    return Training(process, result, log)
+
+
+class Training:
+    """A training run in another process (`start_training`)."""
+
+    def __init__(self, process: subprocess.Popen[bytes], result: Path, log: Path) -> None:
+        self._process = process
+        self._result = result
+        self._log = log
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def poll(self) -> dict[str, Any] | None:
+        """What `train --json` printed (design §7); None while it runs.
+
+        Where it printed nothing, `status` is `failed` and `reason` the error it ended with.
+        """
+        if self._process.poll() is None:
+            return None
+        try:
+            outcome = json.loads(self._result.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            outcome = None
+        return outcome if isinstance(outcome, dict) else {"status": "failed", "reason": self._failure()}
+
+    def stop(self) -> None:
+        """Ask it to end after its current step, with a checkpoint. Does not wait."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended within that time."""
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def _failure(self) -> str:
+        try:
+            lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            lines = []
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return errors[-1] if errors else f"the process ended with status {self._process.returncode}"
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Training has begun."""
+
+    failures: int
+    resumed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Training is over; `outcome` as `Training.poll` gives it."""
+
+    outcome: dict[str, Any]
+
+
+class IdleLearner:
+    """Starts training when nobody has asked anything for a while and enough failures wait.
+
+    `began`, `ended` and `leave` belong to whoever answers; `look` may be called by another thread.
+
+    Args:
+        store: tells the failures.
+        directory: `storage.directory`.
+        pair: whose draft learns.
+        config: the settings.
+        arguments: global options for the process.
+        clock: seconds, growing.
+        start: starts the process.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        directory: Path,
+        pair: PairKey,
+        config: Config,
+        arguments: Sequence[str],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        start: Callable[..., Training] = start_training,
+    ) -> None:
+        self._store = store
+        self._directory = directory
+        self._pair = pair
+        self._config = config
+        self._arguments = tuple(arguments)
+        self._clock = clock
+        self._start = start
+        self._lock = threading.Lock()
+        self._training: Training | None = None
+        self._idle_since_s: float | None = clock()
+        self._looked = False
+        self._given_up = False
+
+    @property
+    def training(self) -> bool:
+        """Whether a run of ours is under way, as far as it was looked at."""
+        return self._training is not None
+
+    def began(self) -> None:
+        """A request has come."""
+        with self._lock:
+            self._idle_since_s = None
+
+    def ended(self) -> None:
+        """It is answered."""
+        with self._lock:
+            self._idle_since_s = self._clock()
+            self._looked = False
+
+    def look(self) -> Started | Ended | None:
+        """Start training where it is time, or see whether it is over; what has happened, if anything."""
+        with self._lock:
+            if self._training is not None:
+                return self._see()
+            if self._given_up or self._looked or self._idle_since_s is None:
+                return None
+            if self._clock() - self._idle_since_s < self._config.adaptation.idle_s:
+                return None
+            # Until the next request nothing changes that would make it worth another look.
+            self._looked = True
+            try:
+                return self._begin()
+            except (DraftloopError, OSError) as error:
+                self._given_up = True
+                return Ended({"status": "failed", "reason": str(error)})
+
+    def leave(self) -> bool:
+        """Tell a run of ours to stop with a checkpoint; whether there was one."""
+        with self._lock:
+            self._given_up = True
+            running = self._training is not None and self._training.poll() is None
+            if self._training is not None and running:
+                self._training.stop()
+            return running
+
+    def _begin(self) -> Started | None:
+        if is_training(self._directory):
+            return None
+        resume = interrupted_run(self._store, self._pair) is not None
+        selection = select(self._store, self._pair, self._config)
+        if not (resume or selection.ready_again):
+            return None
+        self._training = self._start(self._arguments, self._directory, resume=resume)
+        return Started(len(selection.failures), resume)
+
+    def _see(self) -> Ended | None:
+        outcome = None if self._training is None else self._training.poll()
+        if outcome is None:
+            return None
+        self._training = None
+        # A failure would most likely come again, and again.
+        self._given_up = outcome.get("status") == "failed"
+        return Ended(outcome)

@@ -1,0 +1,145 @@
+"""The gate's measurements: the form to deploy, what a round costs in it, and held-out requests replayed.
+
+Contract: brings the candidate, the incumbent and the bare draft before `gate.judge` on the same requests,
+through the backend's seam. Must not know the store.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from draftloop.learning.forms import Outfit, choose_form
+from draftloop.learning.gate import Verdict, judge
+from draftloop.learning.replayed import ReplayedRequest, RoundCost
+from draftloop.speculation.metrics import expected_rounds, mean_alpha, tokens_per_round
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from draftloop.backends.base import Model
+    from draftloop.backends.lora import AdapterForm, Lora
+    from draftloop.backends.training import Example
+    from draftloop.learning.forms import FormFigures
+
+    Rows = NDArray[np.float32]
+
+FORM_EXAMPLES = 4
+"""Requests that every form is replayed on; the gate's own come after the choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """One held-out request."""
+
+    request: int
+    domain: str
+    example: Example
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judgement:
+    """The gate's verdict and what it rests on.
+
+    Attributes:
+        verdict: promote or not, and why.
+        form: that would be deployed.
+        forms: every form's figures.
+        candidate_cost, incumbent_cost: of a round.
+        requests: one plain JSON object for each held-out request, for the report.
+    """
+
+    verdict: Verdict
+    form: AdapterForm
+    forms: Mapping[AdapterForm, FormFigures]
+    candidate_cost: RoundCost
+    incumbent_cost: RoundCost
+    requests: tuple[Mapping[str, Any], ...]
+
+
+def judge_candidate(
+    draft: Model,
+    lora: Lora,
+    incumbent: Outfit,
+    *,
+    validation: Sequence[Example],
+    held_out: Sequence[HeldOut],
+    num_draft_tokens: int,
+    round_s: float | None,
+    seed: int,
+    replayed: Callable[[float], None],
+) -> Judgement:
+    """Choose the candidate's form, replay what was held out, and judge.
+
+    Args:
+        draft: loaded; what it wears afterwards is unspecified.
+        lora: the candidate.
+        incumbent: what is served now.
+        validation: examples that the form is chosen by.
+        held_out: requests that the verdict is found by.
+        num_draft_tokens: K.
+        round_s: measured seconds of a round with the incumbent; None where none was.
+        seed: of the bootstrap.
+        replayed: is called with the share of a held-out request that has been replayed.
+    """
+    known = list(validation[:FORM_EXAMPLES]) or [one.example for one in held_out[:FORM_EXAMPLES]]
+    choice = choose_form(draft, lora, incumbent, known, num_draft_tokens=num_draft_tokens, round_s=round_s)
+    candidate_cost, incumbent_cost, bare_cost = (
+        RoundCost(draft_s, choice.verify_s)
+        for draft_s in (
+            choice.figures[choice.best].draft_s,
+            choice.incumbent_draft_s,
+            choice.bare_draft_s,
+        )
+    )
+    outfits = [Outfit(lora, choice.best), incumbent]
+    if incumbent.lora is not None:
+        outfits.append(Outfit())
+    alphas: list[list[Rows]] = []
+    for outfit in outfits:
+        draft.set_adapter(outfit.lora, outfit.form)
+        alphas.append([])
+        for one in held_out:
+            alphas[-1] += draft.replay([one.example])
+            replayed(1 / len(outfits))
+    if incumbent.lora is None:
+        alphas.append(alphas[1])
+    requests = [
+        ReplayedRequest(one.domain, num_draft_tokens, *rows)
+        for one, *rows in zip(held_out, *alphas, strict=True)
+    ]
+    verdict = judge(
+        requests,
+        candidate_cost=candidate_cost,
+        incumbent_cost=incumbent_cost,
+        bare_cost=bare_cost,
+        seed=seed,
+    )
+    return Judgement(
+        verdict=verdict,
+        form=choice.best,
+        forms=choice.figures,
+        candidate_cost=candidate_cost,
+        incumbent_cost=incumbent_cost,
+        requests=tuple(
+            {
+                "request": one.request,
+                "domain": one.domain,
+                "rows": one.example.num_rows,
+                **_figures("before", judged.incumbent, num_draft_tokens),
+                **_figures("after", judged.candidate, num_draft_tokens),
+            }
+            for one, judged in zip(held_out, requests, strict=True)
+        ),
+    )
+
+
+def _figures(when: str, rows: Rows, num_draft_tokens: int) -> dict[str, float | None]:
+    values = rows.tolist()
+    return {
+        f"alpha_{when}": mean_alpha(sum(values), len(values)),
+        f"tau_{when}": tokens_per_round(len(values), expected_rounds(values, num_draft_tokens)),
+    }

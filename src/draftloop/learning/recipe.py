@@ -1,0 +1,81 @@
+"""Everything that reproduces a training run, as it is stored with the run and read back by `--resume`.
+
+Contract: a recipe names requests by id and holds the settings of the day it was made, so that a resumed run
+ends as it would have ended. Must not know a backend or the store.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from draftloop.config.schema import TrainingSettings
+from draftloop.errors import StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_LISTS = ("failures", "replay", "validation", "gate", "gate_domains")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A run's inputs.
+
+    Attributes:
+        settings: `training.*`.
+        gradient_checkpointing: `memory.gradient_checkpointing`.
+        num_draft_tokens: K that the gate judges at.
+        threshold: the acceptance rate that separated failures from replay.
+        failures, replay, validation, gate: request ids.
+        gate_domains: of the gate's requests, in their order.
+        parent: the adapter it goes on from.
+        round_s: seconds of a round with the incumbent, None where no request with drafts was stored.
+        facts: digests of the draft, versions, device: not read back.
+    """
+
+    settings: TrainingSettings
+    gradient_checkpointing: bool
+    num_draft_tokens: int
+    threshold: float
+    failures: tuple[int, ...]
+    replay: tuple[int, ...]
+    validation: tuple[int, ...]
+    gate: tuple[int, ...]
+    gate_domains: tuple[str, ...]
+    parent: str | None
+    round_s: float | None
+    facts: Mapping[str, Any]
+
+    @property
+    def learnt(self) -> tuple[int, ...]:
+        """The requests that it trains on."""
+        return (*self.failures, *self.replay)
+
+    @property
+    def last_request(self) -> int:
+        """The newest request that it knows."""
+        return max((0, *self.failures, *self.replay, *self.validation, *self.gate))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {**values, "settings": self.settings.model_dump(mode="json"), "facts": dict(self.facts)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe that `to_json` wrote.
+
+        Raises:
+            StorageError: it was damaged, or written by a version that knew other settings.
+        """
+        try:
+            ids = {name: tuple(values[name]) for name in _LISTS}
+            settings = TrainingSettings.model_validate(values["settings"])
+            return cls(**{**values, **ids, "settings": settings})
+        except (KeyError, TypeError, ValidationError) as error:
+            raise StorageError(
+                f"the run's recipe cannot be read: {error}", remedy="Train without --resume."
+            ) from error

@@ -1,0 +1,142 @@
+"""What the gate decides by: held-out requests replayed under three drafts, and what a round costs.
+
+Contract: plain data and sums of it. Must not know how it was measured, nor what is decided.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from draftloop.speculation.metrics import expected_rounds, mean_alpha, tokens_per_round
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Self
+
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+CANDIDATE, INCUMBENT, BARE = range(3)
+"""Columns of a `Table`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplayedRequest:
+    """One held-out request, teacher-forced under each draft. R response rows.
+
+    Attributes:
+        domain: what it is about.
+        num_draft_tokens: K of the rounds to expect.
+        candidate, incumbent, bare: [R] float32, alpha of each row (`Model.replay`). Where no adapter is
+            active, incumbent and bare are the same.
+    """
+
+    domain: str
+    num_draft_tokens: int
+    candidate: NDArray[np.float32]
+    incumbent: NDArray[np.float32]
+    bare: NDArray[np.float32]
+
+    @property
+    def drafts(self) -> tuple[NDArray[np.float32], ...]:
+        """The alphas in the order of a table's columns."""
+        return self.candidate, self.incumbent, self.bare
+
+
+@dataclass(frozen=True, slots=True)
+class RoundCost:
+    """What a round costs with one draft, measured on this machine.
+
+    Attributes:
+        draft_s: seconds a drafted token.
+        verify_s: seconds of everything else: the target's verification above all.
+    """
+
+    draft_s: float
+    verify_s: float
+
+    def round_s(self, num_draft_tokens: int) -> float:
+        """Seconds of a round that drafts K tokens."""
+        return num_draft_tokens * self.draft_s + self.verify_s
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """What n requests add up to; columns are candidate, incumbent and bare draft.
+
+    Attributes:
+        rows: [n], response rows.
+        alpha_sums: [n, 3].
+        rounds: [n, 3], expected.
+        seconds: [n, 3], expected.
+        square_losses: [n], Σ over rows of (alpha of the incumbent - alpha of the candidate)².
+    """
+
+    rows: Floats
+    alpha_sums: Floats
+    rounds: Floats
+    seconds: Floats
+    square_losses: Floats
+
+    @classmethod
+    def of(cls, requests: Sequence[ReplayedRequest], costs: Sequence[RoundCost]) -> Self:
+        """Add up requests, given what a round costs with each of the three drafts.
+
+        Where alpha is no number nothing would be accepted, so it counts as 0.
+
+        Raises:
+            ValueError: a request's drafts have different numbers of rows.
+        """
+        if any(len({len(rows) for rows in one.drafts}) > 1 for one in requests):
+            raise ValueError("a request's drafts were replayed on different numbers of rows")
+        alphas = [np.array([_as_chances(rows) for rows in one.drafts]) for one in requests]
+        rounds = [
+            [expected_rounds(rows.tolist(), one.num_draft_tokens) for rows in drafts]
+            for one, drafts in zip(requests, alphas, strict=True)
+        ]
+        round_s = [[cost.round_s(one.num_draft_tokens) for cost in costs] for one in requests]
+        return cls(
+            rows=np.array([drafts.shape[1] for drafts in alphas], np.float64),
+            alpha_sums=np.array([drafts.sum(axis=1) for drafts in alphas]),
+            rounds=np.array(rounds),
+            seconds=np.array(rounds) * np.array(round_s),
+            square_losses=np.array(
+                [np.square(drafts[INCUMBENT] - drafts[CANDIDATE]).sum() for drafts in alphas]
+            ),
+        )
+
+    def part(self, chosen: NDArray[np.bool_]) -> Table:
+        """The requests that are chosen, [n]."""
+        return Table(
+            rows=self.rows[chosen],
+            alpha_sums=self.alpha_sums[chosen],
+            rounds=self.rounds[chosen],
+            seconds=self.seconds[chosen],
+            square_losses=self.square_losses[chosen],
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Of all requests."""
+        return int(self.rows.sum())
+
+    def alpha(self, draft: int) -> float | None:
+        """Mean over all rows."""
+        return mean_alpha(float(self.alpha_sums[:, draft].sum()), self.num_rows)
+
+    def tau(self, draft: int) -> float | None:
+        """All tokens over all expected rounds."""
+        return tokens_per_round(self.num_rows, float(self.rounds[:, draft].sum()))
+
+    def gain_over(self, draft: int) -> float:
+        """The candidate's tokens per second over those of `draft`, less 1. The tokens are the same."""
+        seconds = self.seconds.sum(axis=0)
+        return float(seconds[draft] / seconds[CANDIDATE] - 1)
+
+
+def _as_chances(alphas: NDArray[np.float32]) -> Floats:
+    return np.clip(np.nan_to_num(alphas.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0), 0.0, 1.0)

@@ -1,0 +1,1 @@
+"""SQLite: requests with their traces, adapters, training runs. Knows arrays and rows, no models."""
