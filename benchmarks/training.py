@@ -136,7 +136,7 @@ def peft(contender: Contender, plan: Plan) -> Any:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 

@@ -305,6 +305,16 @@ class TestReplay:
             # With the weights as they are now, that is, behind a step that moves them far.
             one.step([examples], 0.05)
 
+    def test_it_is_by_the_restored_weights(self, trainer, examples):
+        """Right behind `restore`, before any step: a resumed run may begin with measuring."""
+        one, other = trainer(), trainer()
+        for _ in range(2):
+            one.step([examples], 0.05)
+        expected, before = (np.concatenate(t.replay(examples)) for t in (one, other))
+        assert np.abs(expected - before).max() > 0.05
+        other.restore(one.state())
+        np.testing.assert_allclose(np.concatenate(other.replay(examples)), expected, atol=1e-5)
+
     def test_it_changes_nothing(self, trainer, examples):
         one, other = trainer(), trainer()
         for trained in (one, other):

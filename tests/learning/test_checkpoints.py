@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,7 +109,7 @@ def test_a_killed_write_leaves_a_whole_checkpoint(tmp_path):
     code = textwrap.dedent(f"""
         import sys
         from pathlib import Path
-        sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
         from test_checkpoints import checkpoint, save_checkpoint
         for number in range(10**6):
             save_checkpoint(Path({str(path)!r}), checkpoint(number, number))

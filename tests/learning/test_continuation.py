@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +15,8 @@ from draftloop.backends.lora import Lora, LoraModule, LoraSpec, new_lora
 from draftloop.learning.continuation import dropped_modules, starting_point
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from draftloop.backends.architecture import Architecture
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from draftloop.backends.architecture import read_architecture
+from draftloop.backends.lora import Lora, LoraModule, LoraSpec, new_lora
+from draftloop.learning.deployment import adapter_folder
 from draftloop.learning.watch import alpha_fall, revert_if_falling
+from draftloop.models.adapter_files import write_adapter
 from draftloop.storage.records import (
     AdapterRecord,
     AdapterStatus,
@@ -16,6 +20,7 @@ from draftloop.storage.records import (
 )
 from draftloop.storage.store import open_store
 from draftloop.types import Sampling
+from pupils import ask
 
 PAIR = PairKey("target", "draft")
 ROWS = 50
@@ -162,7 +167,7 @@ def test_a_fall_brings_the_parent_back(store):
     assert revert_if_falling(store, PAIR, after_requests=20) is None
     answer(store, [0.5], "a0001")
     reason = revert_if_falling(store, PAIR, after_requests=20)
-    assert "a0001 was reverted: over its 20 requests alpha is 0.3" in reason
+    assert "a0001 was reverted: over its 20 requests alpha is 0.2" in reason
     assert store.adapters.active(PAIR) is None
     record = store.adapters.get("a0001")
     assert (record.status, record.reason) == (AdapterStatus.REVERTED, reason)
@@ -204,3 +209,33 @@ def test_requests_of_an_earlier_promotion_do_not_count(store):
     assert revert_if_falling(store, PAIR, after_requests=20) is None
     answer(store, noisy(0.8, 20, 3), "a0001")
     assert revert_if_falling(store, PAIR, after_requests=20) is None
+
+
+def test_the_recorder_takes_a_bad_adapter_back_while_answers_go_on(classroom):
+    """Through the engine: an adapter that confuses the draft is worn, and gone after the requests allowed."""
+    draft = classroom.folder / "draft"
+    fresh = new_lora(read_architecture(draft), LoraSpec(4, 64.0, ("q_proj", "down_proj")), 0)
+    random = np.random.default_rng(0)
+    confused = {
+        name: LoraModule(module.a, random.standard_normal(module.b.shape).astype(np.float32))
+        for name, module in fresh.modules.items()
+    }
+    with classroom.store() as store:
+        write_adapter(
+            adapter_folder(classroom.data, "a0001"),
+            Lora(fresh.spec, confused),
+            base_model="./draft",
+            facts={},
+        )
+        store.adapters.add(
+            AdapterRecord(
+                "a0001", classroom.pair, None, 0.0, AdapterStatus.IMPORTED, "unfused", None, "new", {}
+            )
+        )
+        store.adapters.promote("a0001", reason="a mistake")
+        engine = classroom.engine(store, adaptation__revert_after_requests=6)
+        worn = [one.adapter for one in ask(engine, range(300, 310))]
+        assert worn == ["a0001"] * 6 + [None] * 4
+        assert store.adapters.get("a0001").status is AdapterStatus.REVERTED
+        answers = store.requests.list(classroom.pair)[-10:]
+    assert [one.adapter for one in answers] == worn

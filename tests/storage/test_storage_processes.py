@@ -228,6 +228,7 @@ def test_a_write_that_the_system_refuses_is_told(tmp_path: Path) -> None:
         assert process.returncode == 0
     told, ids = said[-1], [int(line) for line in said[:-1]]
     assert told.startswith("told: ")
+    assert "could not be read or written" in told
     assert "--no-collect" in told
     assert len(ids) > 5
     with open_store(tmp_path, max_megabytes=100) as store:

@@ -30,7 +30,7 @@ EPSILON = 1e-10
 LK_DECAY = 3.0
 """`lk_hybrid` weighs its divergence by exp(-3 alpha), as in the reference."""
 
-_LOGIT_BYTES = {"cpu": 96 << 20, "cuda": 1 << 30}
+_LOGIT_BYTES = {"cpu": 160 << 20, "cuda": 1 << 30}
 """What the logits of a chunk of rows may take. Each chunk makes the whole head dense twice."""
 _ROW_MULTIPLE = 64
 _BLOCK_COLUMNS = 8192

@@ -1,0 +1,183 @@
+"""The form that an adapter is deployed in, chosen by given costs and a draft that only remembers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from draftloop.backends.lora import AdapterForm, Lora, LoraSpec
+from draftloop.backends.training import Example
+from draftloop.learning.forms import (
+    TIMED_PROPOSALS,
+    VERIFY_DRAFTS,
+    Outfit,
+    choose_form,
+    interleaved_draft_seconds,
+    replayed_tau,
+)
+from draftloop.learning.judging import HeldOut, judge_candidate
+from draftloop.types import Rules, Sampling
+
+ADAPTER = Lora(LoraSpec(2, 4.0, ("q_proj",)), {})
+OLD = Lora(LoraSpec(1, 4.0, ("q_proj",)), {})
+UNFUSED, FUSED16, FUSED4 = AdapterForm.UNFUSED, AdapterForm.FUSED16, AdapterForm.FUSED4
+ROWS = 40
+
+
+def example(number: int = 0) -> Example:
+    return Example(
+        tokens=np.full(ROWS + 1, number, np.int32),
+        num_prompt_tokens=1,
+        top_ids=np.zeros((ROWS, 1), np.int32),
+        top_probs=np.ones((ROWS, 1), np.float32),
+        tail_probs=np.zeros(ROWS, np.float32),
+        rules=Rules(Sampling()),
+    )
+
+
+class FakeCache:
+    def __init__(self) -> None:
+        self.position, self.max_tokens = 0, 100
+
+    def trim(self, n: int) -> None:
+        assert 0 <= n <= self.position
+        self.position -= n
+
+
+class FakeDraft:
+    """Alpha by what it wears; every proposal is noted with it."""
+
+    def __init__(self, alphas: dict, forms=(UNFUSED, FUSED16, FUSED4)) -> None:
+        self.adapter_forms = forms
+        self.worn = (None, UNFUSED)
+        self.proposed: list = []
+        self._alphas = alphas
+
+    def set_adapter(self, lora, form) -> None:
+        self.worn = (lora, form)
+
+    def replay(self, batch):
+        return [np.full(one.num_rows, self._alphas[self.worn], np.float32) for one in batch]
+
+    def new_cache(self) -> FakeCache:
+        return FakeCache()
+
+    def propose(self, batch):
+        (job,) = batch
+        job.cache.position += len(job.unread) + job.num_draft_tokens - 1
+        assert job.cache.position <= job.cache.max_tokens
+        self.proposed.append(self.worn)
+        return [SimpleNamespace(tokens=np.zeros(job.num_draft_tokens, np.int32))]
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    """`costs(bare, incumbent, *forms)`: seconds a drafted token."""
+
+    def give(*seconds):
+        monkeypatch.setattr(
+            "draftloop.learning.forms.interleaved_draft_seconds", lambda draft, outfits, k: list(seconds)
+        )
+
+    return give
+
+
+def alphas(unfused=0.8, fused16=0.8, fused4=0.8, bare=0.5, old=0.6):
+    return {
+        (ADAPTER, UNFUSED): unfused,
+        (ADAPTER, FUSED16): fused16,
+        (ADAPTER, FUSED4): fused4,
+        (None, UNFUSED): bare,
+        (OLD, FUSED16): old,
+    }
+
+
+def choose(draft, round_s=0.1, incumbent=Outfit()):  # noqa: B008
+    return choose_form(draft, ADAPTER, incumbent, [example()], num_draft_tokens=4, round_s=round_s)
+
+
+def test_the_fastest_form_wins(costs):
+    costs(0.01, 0.01, 0.015, 0.02, 0.01)
+    choice = choose(FakeDraft(alphas()))
+    assert choice.best is FUSED4
+    assert list(choice.figures) == [UNFUSED, FUSED16, FUSED4]
+    assert choice.figures[FUSED4].tokens_per_s == pytest.approx(
+        choice.figures[FUSED4].tau / (4 * 0.01 + choice.verify_s)
+    )
+
+
+def test_a_form_that_is_fast_and_forgets_loses(costs):
+    costs(0.01, 0.01, 0.012, 0.02, 0.01)
+    assert choose(FakeDraft(alphas(fused4=0.5))).best is UNFUSED
+
+
+def test_of_equals_the_plainest_wins(costs):
+    costs(0.01, 0.01, 0.01, 0.01, 0.01)
+    assert choose(FakeDraft(alphas())).best is UNFUSED
+
+
+def test_verification_is_what_the_drafts_leave_of_a_round(costs):
+    costs(0.01, 0.02, 0.01, 0.01, 0.01)
+    assert choose(FakeDraft(alphas()), round_s=0.1).verify_s == pytest.approx(0.1 - 4 * 0.02)
+    # A round that was timed on a quiet machine, against drafts timed on a busy one.
+    assert choose(FakeDraft(alphas()), round_s=0.03).verify_s == pytest.approx(0.02)
+    assert choose(FakeDraft(alphas()), round_s=None).verify_s == pytest.approx(VERIFY_DRAFTS * 0.02)
+
+
+def test_times_are_taken_in_turn_and_the_cache_is_left_as_it_was():
+    draft = FakeDraft(alphas())
+    outfits = [Outfit(), Outfit(ADAPTER, UNFUSED), Outfit(ADAPTER, FUSED4)]
+    seconds = interleaved_draft_seconds(draft, outfits, 4)
+    assert len(seconds) == 3
+    assert all(one > 0 for one in seconds)
+    turns = [draft.proposed[i] for i in range(0, len(draft.proposed), TIMED_PROPOSALS + 1)]
+    assert turns == 2 * [(None, UNFUSED), (ADAPTER, UNFUSED), (ADAPTER, FUSED4)]
+
+
+def test_tau_of_nothing_is_one():
+    assert replayed_tau(FakeDraft(alphas()), [], 4) == 1.0
+
+
+def judged(draft, costs_given, incumbent=Outfit(), requests=12):  # noqa: B008
+    shares = []
+    judgement = judge_candidate(
+        draft,
+        ADAPTER,
+        incumbent,
+        validation=[example()],
+        held_out=[HeldOut(number, "a", example(number)) for number in range(requests)],
+        num_draft_tokens=4,
+        round_s=0.1,
+        seed=0,
+        replayed=shares.append,
+    )
+    assert sum(shares) == pytest.approx(requests)
+    return judgement
+
+
+def test_the_gate_compares_the_chosen_form_with_what_is_served_now(costs):
+    costs(0.01, 0.01, 0.02, 0.012, 0.01)
+    judgement = judged(FakeDraft(alphas(fused4=0.75)), costs, Outfit(OLD, FUSED16))
+    verdict = judgement.verdict
+    assert judgement.form is FUSED16 or judgement.form is FUSED4
+    assert (verdict.alpha_before, verdict.alpha_bare) == (pytest.approx(0.6), pytest.approx(0.5))
+    assert verdict.alpha_after == pytest.approx(alphas(fused4=0.75)[ADAPTER, judgement.form])
+    assert verdict.promote
+    assert len(judgement.requests) == 12
+    assert judgement.requests[3]["request"] == 3
+    assert judgement.requests[3]["alpha_before"] == pytest.approx(0.6)
+
+
+def test_a_form_that_costs_more_than_it_brings_is_refused(costs):
+    costs(0.01, 0.01, 0.06, 0.06, 0.06)
+    judgement = judged(FakeDraft(alphas()), costs)
+    assert judgement.verdict.tau_after > judgement.verdict.tau_before
+    assert not judgement.verdict.promote
+
+
+def test_without_an_adapter_the_incumbent_is_the_bare_draft(costs):
+    costs(0.01, 0.01, 0.01, 0.01, 0.01)
+    verdict = judged(FakeDraft(alphas()), costs).verdict
+    assert verdict.alpha_before == verdict.alpha_bare == pytest.approx(0.5)
