@@ -277,8 +277,9 @@ def report(result: dict[str, Any]) -> None:
     print(f"{result['command']}; {result['rows']} response rows of {result['tokens']} tokens in all steps")
     for name, row in result["contenders"].items():
         print(
-            f"{name:36} {row['tokens_per_s']:7.1f} tok/s, {row['processor_s_per_1000_tokens']:6.1f} processor "
-            f"s per 1000 tokens, peak {row['peak_gb']:.2f} GB, last loss {row['last_loss']:.3f}"
+            f"{name:36} {row['tokens_per_s']:7.1f} tok/s, "
+            f"{row['processor_s_per_1000_tokens']:6.1f} processor s per 1000 tokens, "
+            f"peak {row['peak_gb']:.2f} GB, last loss {row['last_loss']:.3f}"
         )
     for name, ratio in result["ratios"].items():
         print(f"{name:70} {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})")

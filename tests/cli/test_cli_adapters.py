@@ -20,8 +20,12 @@ GAIN = {
     "gain_ci95": [0.051, 0.12],
     "domains": {
         "toys": {
-            **{"requests": 9, "rows": 180, "alpha_before": 0.7, "alpha_after": 0.75},
-            **{"tau_before": 2.95, "tau_after": 3.21},
+            "requests": 9,
+            "rows": 180,
+            "alpha_before": 0.7,
+            "alpha_after": 0.75,
+            "tau_before": 2.95,
+            "tau_after": 3.21,
         }
     },
 }

@@ -64,11 +64,11 @@ def test_names_go_on_after_the_last_of_any_pair(store: Store) -> None:
     store.adapters.add(make_adapter("a0001", pair=OTHER_PAIR))
     assert store.adapters.next_name() == "a0002"
     store.adapters.add(make_adapter("a9999"))
-    store.adapters.add(make_adapter("by hand"))
+    store.adapters.add(make_adapter("x77777"))
     assert store.adapters.next_name() == "a10000"
     store.adapters.add(make_adapter("a10000"))
     assert store.adapters.next_name() == "a10001"
-    assert [one.name for one in store.adapters.list(PAIR)] == ["a9999", "by hand", "a10000"]
+    assert [one.name for one in store.adapters.list(PAIR)] == ["a9999", "x77777", "a10000"]
 
 
 @pytest.mark.parametrize("wrong", [{"name": "a0001"}, {"name": "a0002", "parent": "a0009"}])

@@ -53,7 +53,7 @@ class LoraSpec:
 
     @property
     def scale(self) -> float:
-        """alpha / rank."""
+        """Factor of the update: alpha / rank."""
         return self.alpha / self.rank
 
 
@@ -84,7 +84,7 @@ def adapted_modules(
 
 
 def new_lora(architecture: Architecture, spec: LoraSpec, seed: int) -> Lora:
-    """A fresh adapter: A uniform in ±1/√in (Kaiming with a = √5, as PEFT begins), B zero, so it changes nothing."""
+    """A fresh adapter that changes nothing: A uniform in ±1/√in (as PEFT begins), B zero."""
     random = np.random.Generator(np.random.PCG64(seed))
     modules = {}
     for name, (rows, columns) in adapted_modules(architecture, spec.target_modules):

@@ -178,8 +178,8 @@ class Run:
 
     def _train(self, examples: Mapping[int, Example], stop_wanted: Callable[[], bool]) -> TrainingResult:
         recipe, school = self._recipe, self._school
-        lora = recipe.settings.lora
-        spec = LoraSpec(lora.rank, lora.alpha, tuple(lora.target_modules))
+        training = recipe.settings
+        spec = LoraSpec(training.lora.rank, training.lora.alpha, tuple(training.lora.target_modules))
         parent = self._deployed(recipe.parent)
         learnt = None if parent is None else parent.lora
         dropped = dropped_modules(spec, learnt)
@@ -188,11 +188,11 @@ class Run:
                 f"{recipe.parent} also adapts {', '.join(dropped)}; training.lora.target_modules leaves that "
                 "out, so what it learnt there is given up"
             )
-        start = starting_point(school.architecture, spec, learnt, recipe.settings.seed)
+        start = starting_point(school.architecture, spec, learnt, training.seed)
         trainer = school.backend.new_trainer(
             school.draft_folder,
             start,
-            TrainerSettings(Objective(recipe.settings.objective), recipe.gradient_checkpointing),
+            TrainerSettings(Objective(training.objective), recipe.gradient_checkpointing),
         )
         job = TrainingJob(
             examples=examples,

@@ -109,7 +109,7 @@ class _Loop:
     """One process's part of a run."""
 
     def __init__(self, trainer: Trainer, job: TrainingJob, watcher: TrainingWatcher) -> None:
-        settings = job.settings
+        training = job.settings
         self._trainer = trainer
         self._job = job
         self._watcher = watcher
@@ -117,15 +117,15 @@ class _Loop:
             plan_batches(
                 job.failures,
                 job.replay,
-                batch_size=settings.batch_size,
-                accumulation_steps=settings.gradient_accumulation_steps,
-                num_epochs=settings.num_epochs,
-                replay_ratio=settings.replay_ratio,
-                seed=settings.seed,
+                batch_size=training.batch_size,
+                accumulation_steps=training.gradient_accumulation_steps,
+                num_epochs=training.num_epochs,
+                replay_ratio=training.replay_ratio,
+                seed=training.seed,
             )
         )
-        per_epoch = max(1, round(len(self._steps) / settings.num_epochs))
-        self._validate_at = {per_epoch * epoch for epoch in range(1, settings.num_epochs)} | {
+        per_epoch = max(1, round(len(self._steps) / training.num_epochs))
+        self._validate_at = {per_epoch * epoch for epoch in range(1, training.num_epochs)} | {
             len(self._steps)
         }
         self._per_epoch = per_epoch
@@ -156,11 +156,11 @@ class _Loop:
         return self._result(self._best)
 
     def _step(self) -> None:
-        settings = self._job.settings
+        training = self._job.settings
         rate = learning_rate_at(
             self._done + 1,
-            peak=settings.learning_rate,
-            warmup_steps=settings.warmup_steps,
+            peak=training.learning_rate,
+            warmup_steps=training.warmup_steps,
             total_steps=len(self._steps),
         )
         known = self._job.examples
