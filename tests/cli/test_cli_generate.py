@@ -399,6 +399,18 @@ def test_the_active_adapter_is_worn_unless_another_is_asked_for(generate, toy_pa
     assert [record.adapter for record in records] == [None, active, active, other, None, None]
 
 
+def test_without_collecting_the_store_is_only_read(generate, toy_pair):
+    import sqlite3
+
+    DATA.mkdir()
+    name = add_adapter(DATA, toy_pair(), promote=True)
+    with sqlite3.connect(DATA / DATABASE_NAME, isolation_level=None) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        done = generate("hello", "--no-collect", "--json")
+        writer.execute("ROLLBACK")
+    assert (done.json["adapter"], done.err) == (name, "")
+
+
 def test_an_adapter_that_cannot_be_worn(generate, toy_pair):
     generate("hello").assert_done()
     generate("hello", "--adapter", "a0001").assert_wrong_input("'a0001'", "adapters list")

@@ -60,8 +60,14 @@ def worn(backend, load_toy):
     return load
 
 
-@pytest.mark.parametrize("target_modules", MODULES, ids=name_of)
-@pytest.mark.parametrize("options", FOLDERS, ids=name_of)
+@pytest.mark.parametrize(
+    ("options", "target_modules"),
+    [
+        *((options, ALL_MODULES) for options in FOLDERS),
+        *(({"model_type": "qwen2", "quantized": True}, (name,)) for name in ALL_MODULES),
+    ],
+    ids=name_of,
+)
 def test_logits_equal_the_references(backend, reference, load_toy, worn, options, target_modules):
     expected = load_toy(reference, **options)
     lora = random_lora(expected.architecture, replace(SPEC, target_modules=target_modules))
@@ -249,7 +255,7 @@ def test_greedy_text_is_the_targets_own_whatever_the_draft_wears(backend, load_p
     pair = load_pair(backend, **options)
     alone = Pair(pair.target, None)
     settings = DecodeSettings(Sampling(), 12, frozenset(), 4, seed=0)
-    prompts = [random_prompt(seed, 12) for seed in range(2)]
+    prompts = [random_prompt(seed, 12) for seed in range(1 if options else 2)]
     texts = [tokens_of(rounds_of(alone, prompt, settings)) for prompt in prompts]
     accepted = []
     for lora in (None, *adapters(pair.draft.architecture)):

@@ -229,8 +229,6 @@ def request_for(
         if prompt.where == THE_PROMPT:
             raise
         raise ContextFull(f"{prompt.where}: {error.what}", remedy=error.remedy) from None
-    if not asked.config.storage.collect:
-        return asked.request(tokens)
     return asked.request(tokens, Provenance(domain_of(system, prompt.task), asked.source, key))
 
 
