@@ -115,7 +115,7 @@ def judge_candidate(
         requests,
         candidate_cost=candidate_cost,
         incumbent_cost=incumbent_cost,
-        bare_cost=bare_cost,
+        bare_cost=None if incumbent.lora is None else bare_cost,
         seed=seed,
     )
     return Judgement(
