@@ -5,7 +5,7 @@ the next layer of the same kind overwrites; so at most one layer is dense at a t
 for any. Must not know adapters.
 
 On a CPU the 4-bit rows stay in the mapped file. Making a byte's two codes bfloat16 is one look-up in a table
-of 256 entries, a fifth of the cost of shifting and masking.
+of 256 entries, cheaper than shifting and masking.
 """
 
 from __future__ import annotations
