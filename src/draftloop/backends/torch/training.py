@@ -70,7 +70,8 @@ class TorchTrainer:
         packs = list(_packs(microbatches, _PACKED_TOKENS[self._device.type]))
         examples = [example for pack in packs for example in pack]
         rows = sum(example.num_rows for example in examples)
-        tokens = sum(len(example.tokens) for example in examples)
+        # The last token of a text is not read: nothing is predicted from it.
+        tokens = sum(len(example.tokens) - 1 for example in examples)
         self._adam.zero_gradients()
         with memory_errors("training", _REMEDY):
             losses = [self._accumulate(pack, rows) for pack in packs]
