@@ -176,3 +176,18 @@ def test_a_damaged_request_is_named_and_the_others_are_read(store: Store, sql: s
     with pytest.raises(StorageError, match=f"request {ids[0]} is damaged"):
         store.requests.load(ids)
     assert store.requests.load(ids[1:])[0].seed == 1
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "seeds"), [(0, []), (3, []), (4, [3]), (8, [3]), (9, [1, 3]), (99, [0, 1, 3])]
+)
+def test_the_newest_answers_that_fit_come_oldest_first(
+    store: Store, max_tokens: int, seeds: list[int]
+) -> None:
+    rows = {0: 2, 1: 5, 2: 1, 3: 4}
+    for seed, length in rows.items():
+        pair = OTHER_PAIR if seed == 2 else PAIR
+        store.requests.add(make_request(seed=seed, rows=length, pair=pair))
+    answers = store.requests.recent_answers(PAIR, max_tokens)
+    expected = [make_request(seed=seed, rows=rows[seed]).answer_tokens for seed in seeds]
+    assert [answer.tolist() for answer in answers] == [answer.tolist() for answer in expected]

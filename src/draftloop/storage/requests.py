@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Iterable
 
+    from numpy.typing import NDArray
+
     from draftloop.storage.database import Database
 
 ROW_BYTES = 512
@@ -152,6 +154,22 @@ class Requests:
         """
         with self._database.read() as connection:
             return [_load(connection, identity) for identity in ids]
+
+    def recent_answers(self, pair: PairKey, max_tokens: int) -> builtins.list[NDArray[np.int32]]:
+        """The newest answers of a pair that have `max_tokens` together at most, oldest first.
+
+        Raises:
+            StorageError: one of them is damaged.
+        """
+        chosen, room = [], max_tokens
+        query = f"SELECT id, num_answer_tokens FROM requests WHERE pair_id = {PAIR_ID} ORDER BY id DESC"  # noqa: S608
+        with self._database.read() as connection:
+            for identity, tokens in connection.execute(query, names(pair)):
+                room -= tokens
+                if room < 0:
+                    break
+                chosen.append(identity)
+            return [_load(connection, identity).answer_tokens for identity in reversed(chosen)]
 
     def collected_keys(self, pair: PairKey) -> set[str]:
         """The keys of the pair's stored requests that have one."""
