@@ -7,6 +7,7 @@ import logging
 import pytest
 
 from draftloop.errors import DownloadError, ModelNotFound, ModelUnreadable
+from draftloop.folders import cache_root
 from draftloop.models import cache, converted, packages
 from draftloop.models.folder import check_folder
 from draftloop.models.packages import gguf_path
@@ -148,7 +149,7 @@ def test_a_file_that_changes_while_it_is_converted_leaves_no_folder(tiny, monkey
     monkeypatch.setattr(converted, "convert_gguf", convert_and_change)
     with pytest.raises(ModelUnreadable, match="changed while"):
         resolve(str(tiny))
-    assert not list((cache.cache_root() / "converted").glob("*tiny*"))
+    assert not list((cache_root() / "converted").glob("*tiny*"))
 
 
 def test_what_a_killed_conversion_left_is_removed_by_the_next(tiny):

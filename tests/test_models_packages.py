@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from draftloop import folders
 from draftloop.errors import DownloadError, ModelNotFound, StorageError
+from draftloop.folders import cache_root
 from draftloop.models import cache, packages
 from draftloop.models.packages import PackageModel, download, gguf_path, package_model
 from draftloop.models.progress import SilentProgress
@@ -57,7 +59,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def files_in_cache():
     """Every file and its parts in the cache, but not the locks."""
-    folder = cache.cache_root() / "packages"
+    folder = cache_root() / "packages"
     return sorted(p.name for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".lock"))
 
 
@@ -268,5 +270,5 @@ def test_pip_finds_a_wheel_where_the_users_settings_say(monkeypatch, tmp_path):
 def test_where_the_cache_is(monkeypatch, own, xdg, platform, expected):
     monkeypatch.setenv("DRAFTLOOP_CACHE", own)
     monkeypatch.setenv("XDG_CACHE_HOME", xdg)
-    monkeypatch.setattr(cache.sys, "platform", platform)
-    assert cache.cache_root() == Path(expected).expanduser()
+    monkeypatch.setattr(folders.sys, "platform", platform)
+    assert cache_root() == Path(expected).expanduser()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from draftloop.errors import InputError, ModelNotFound, ModelUnreadable, StorageError
-from draftloop.models import cache
+from draftloop.folders import cache_root
 from draftloop.models.folder import check_folder
 from draftloop.models.resolve import (
     Availability,
@@ -80,14 +80,14 @@ def test_a_damaged_gguf_leaves_no_folder(tiny):
     for action in (resolve, exists, resolve):
         with pytest.raises(ModelUnreadable, match="truncated"):
             action(str(tiny))
-    assert not [path for path in (cache.cache_root() / "converted").glob("*") if path.is_dir()]
+    assert not [path for path in (cache_root() / "converted").glob("*") if path.is_dir()]
 
 
 def test_a_gguf_that_lacks_tensors_leaves_no_folder(tmp_path):
     path = write_gguf(tmp_path / "part.gguf", drop=("output_norm.weight",)).path
     with pytest.raises(ModelUnreadable, match=r"part\.gguf makes no whole model.*model\.norm"):
         resolve(str(path))
-    assert not [path for path in (cache.cache_root() / "converted").glob("*") if path.is_dir()]
+    assert not [path for path in (cache_root() / "converted").glob("*") if path.is_dir()]
 
 
 def test_a_disk_that_fills_up_during_the_conversion(tiny, monkeypatch):

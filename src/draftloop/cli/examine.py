@@ -79,7 +79,7 @@ def storage_facts() -> Facts:
     """Where models are kept, and how much room there is."""
     from huggingface_hub import constants
 
-    from draftloop.models.cache import cache_root
+    from draftloop.folders import cache_root
 
     root = cache_root()
     existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())

@@ -1,4 +1,4 @@
-"""Draftloop's own cache of models: where it is, room on the disk, locks, and writes that appear whole.
+"""Draftloop's own cache of models: room on the disk, locks, and writes that appear whole.
 
 Contract: nothing half-written is ever found under its final name, two processes that want the same thing
 wait for each other, and what a killed one left is taken away by the next. Must not know what is stored.
@@ -10,42 +10,18 @@ import errno
 import json
 import os
 import shutil
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from draftloop.errors import InputError, StorageError
+from draftloop.errors import StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SPARE_BYTES = 64 << 20
 """What must stay free beside the files themselves: the rest of the system writes too."""
-
-
-def cache_root() -> Path:
-    """`$DRAFTLOOP_CACHE`, else the place this system keeps caches in.
-
-    Raises:
-        InputError: it stands below a home folder that does not exist.
-    """
-    own, xdg = os.environ.get("DRAFTLOOP_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        if own:
-            return Path(own).expanduser()
-        if xdg:
-            return Path(xdg).expanduser() / "draftloop"
-        home = Path.home()
-    except RuntimeError as error:
-        raise InputError(
-            f"There is no home folder for the cache {own or xdg or '~'}",
-            remedy="Set DRAFTLOOP_CACHE to a folder.",
-        ) from error
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "draftloop"
-    return home / ".cache" / "draftloop"
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from draftloop.errors import InputError, ModelNotFound, ModelUnreadable
+from draftloop.folders import cache_root
 from draftloop.models.cache import (
-    cache_root,
     exclusive,
     make_folder,
     new_folder,

@@ -11,7 +11,8 @@ import os
 from typing import TYPE_CHECKING
 
 from draftloop.errors import ModelUnreadable
-from draftloop.models.cache import cache_root, read_json, write_json
+from draftloop.folders import cache_root
+from draftloop.models.cache import read_json, write_json
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from draftloop.errors import DownloadError, ModelNotFound
+from draftloop.folders import cache_root
 from draftloop.models.cache import (
-    cache_root,
     exclusive,
     make_folder,
     new_file,

@@ -10,23 +10,16 @@ R = H / G, E head width, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from draftloop.backends.architecture import rope_inverse_frequencies
+from draftloop.backends.torch.operations import Span, operations_for
 
 if TYPE_CHECKING:
     from draftloop.backends.architecture import Architecture
-    from draftloop.backends.torch.weights import Layer, Weights
-
-
-_ROW_BY_ROW_TOKENS = 8
-"""On a CPU so few tokens attend one by one, as they would if they came alone. PyTorch's fused kernel rounds
-differently for several rows; with this, verifying gives the very bits of decoding one token at a time, and
-greedy speculation the target's own text. It costs one small kernel call a row and layer."""
+    from draftloop.backends.torch.weights import Weights
 
 
 class TorchCache:
@@ -70,17 +63,6 @@ class TorchCache:
         self._position -= n
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Where the new tokens stand: cos and sin [T, 1, E]; mask [R·T, S] bool, None for a single token."""
-
-    start: int
-    end: int
-    cos: torch.Tensor
-    sin: torch.Tensor
-    mask: torch.Tensor | None
-
-
 class Decoder:
     """One model's forward pass."""
 
@@ -88,7 +70,9 @@ class Decoder:
         self.architecture = architecture
         self.weights = weights
         self.dtype = dtype
-        self._cos, self._sin = rope_tables(architecture, max_tokens, weights.final_norm.device)
+        device = weights.final_norm.device
+        self.operations = operations_for(architecture, dtype, device)
+        self._cos, self._sin = rope_tables(architecture, max_tokens, device)
 
     def reach(self, tokens: int) -> None:
         """Prepare for texts of so many tokens, where they are longer than what it was built for."""
@@ -101,11 +85,13 @@ class Decoder:
         cache.advance(len(tokens))
         # The draft may propose an id of its own padding; the target then reads its last row and rejects it.
         x = self.weights.embedding(tokens.clamp(max=self.architecture.vocab_size - 1))
+        steps, added = self.operations, None
         for layer, values in zip(self.weights.layers, cache.values, strict=True):
-            x += self._attention(layer, values, self._norm(x, layer.input_norm), span)
-            gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
-            x += layer.down(silu(gate).mul_(up))
-        return self._norm(x, self.weights.final_norm)
+            qkv = layer.qkv(steps.norm(x, added, layer.input_norm))
+            added = layer.output(steps.attend(layer, qkv, values, span))
+            gate_up = layer.gate_up(steps.norm(x, added, layer.post_norm))
+            added = layer.down(steps.gate(gate_up))
+        return steps.norm(x, added, self.weights.final_norm)
 
     def hidden_rows(self, tokens: torch.Tensor, first: int, chunk_tokens: int) -> torch.Tensor:
         """Read a whole text [T] by chunks, in a cache of its own; states [T - first, D] from `first` on."""
@@ -121,43 +107,13 @@ class Decoder:
         """[T, D] -> logits [T, V] float32."""
         return self.weights.head(hidden).float()
 
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, weight.shape, weight, self.architecture.rms_norm_eps).to(self.dtype)
-
     def _span(self, start: int, count: int, device: torch.device) -> Span:
         mask, end = None, start + count
-        if count > 1:
+        if count > 1 and self.operations.needs_mask:
             # Each new token sees the cache and the new ones up to itself; a group's queries share the rows.
             seen = torch.ones(count, end, dtype=torch.bool, device=device).tril(start)
             mask = seen.repeat(self.architecture.num_heads // self.architecture.num_kv_heads, 1)
         return Span(start, end, self._cos[start:end], self._sin[start:end], mask)
-
-    def _attention(self, layer: Layer, values: torch.Tensor, x: torch.Tensor, span: Span) -> torch.Tensor:
-        """Grouped-query attention (Ainslie et al. 2023): the R queries of a group are rows of one product."""
-        heads, groups = self.architecture.num_heads, self.architecture.num_kv_heads
-        width, count = self.architecture.head_dim, len(x)
-        qkv = layer.qkv(x).view(count, heads + 2 * groups, width)
-        qk, v = qkv.split((heads + groups, groups), dim=1)
-        qk = rotate(self._head_norms(layer, qk.float()), span.cos, span.sin).to(self.dtype)
-        q, k = qk.split((heads, groups), dim=1)
-        values[0, :, span.start : span.end] = k.transpose(0, 1)
-        values[1, :, span.start : span.end] = v.transpose(0, 1)
-        # Head h = group·R + r.
-        q = q.reshape(count, groups, -1, width)
-        if count <= _ROW_BY_ROW_TOKENS and not x.is_cuda:
-            ends = range(span.start + 1, span.end + 1)
-            attended = torch.cat([_attend(row[None], values, end) for row, end in zip(q, ends, strict=True)])
-        else:
-            attended = _attend(q, values, span.end, span.mask)
-        return layer.output(attended.reshape(count, heads * width))
-
-    def _head_norms(self, layer: Layer, qk: torch.Tensor) -> torch.Tensor:
-        if layer.q_norm is None or layer.k_norm is None:
-            return qk
-        heads, eps = self.architecture.num_heads, self.architecture.rms_norm_eps
-        q = rms_norm(qk[:, :heads], layer.q_norm.shape, layer.q_norm, eps)
-        k = rms_norm(qk[:, heads:], layer.k_norm.shape, layer.k_norm, eps)
-        return torch.cat((q, k), dim=1)
 
 
 def rope_tables(
@@ -169,20 +125,3 @@ def rope_tables(
     cos = torch.cat((angles.cos(), angles.cos()), dim=1)
     sin = torch.cat((-angles.sin(), angles.sin()), dim=1)
     return cos.float().unsqueeze(1).to(device), sin.float().unsqueeze(1).to(device)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding, half-split (Su et al. 2021): x [T, heads, E], cos and sin [T, 1, E]."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-def _attend(
-    q: torch.Tensor, values: torch.Tensor, end: int, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Queries [T, G, R, E] over the first `end` keys and values [2, G, max_tokens, E] -> [T, G, R, E]."""
-    count, groups, _, width = q.shape
-    rows = q.permute(1, 2, 0, 3).reshape(groups, -1, width)
-    attended = scaled_dot_product_attention(
-        rows[None], values[None, 0, :, :end], values[None, 1, :, :end], attn_mask=mask
-    )
-    return attended.view(groups, -1, count, width).permute(2, 0, 1, 3)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from draftloop.backends.torch.attention import causal_attention
-from draftloop.backends.torch.decoder import rope_tables, rotate
+from draftloop.backends.torch.decoder import rope_tables
 from draftloop.backends.torch.gradients import AdaptedGroup, AdaptedSpan, ResidualBlock, gated, normed
+from draftloop.backends.torch.operations import rotate
 from draftloop.backends.torch.weights import layer_groups
 
 if TYPE_CHECKING:

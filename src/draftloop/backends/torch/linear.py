@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from draftloop.backends.torch.native.library import load_library
+from draftloop.backends.torch.native.linear import native_int4_linear
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -151,8 +154,12 @@ def int4_linear(
     group_size: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> Int4Linear:
-    """Stack the rows of `parts` and pack them for the device's kernel."""
+) -> Linear:
+    """Stack the rows of `parts` and pack them for the fastest kernel that this device has."""
+    if device.type == "cpu" and dtype is torch.bfloat16:
+        library = load_library(torch.get_num_threads())
+        if library is not None:
+            return native_int4_linear(library, parts, bias, group_size)
     words = _pad_rows(torch.cat([part.weight for part in parts]))
     scales = torch.cat([part.scales for part in parts]).float()
     zeros = torch.cat([part.biases for part in parts]).float() + 8 * scales

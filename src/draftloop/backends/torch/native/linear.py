@@ -1,0 +1,88 @@
+"""4-bit linear layers that the C kernels multiply: eight tokens read the weights once.
+
+Contract: as `torch/linear.py`: [T, in] bfloat16 -> [T, out] bfloat16. An MLX affine weight is only put in
+another order, no code is unpacked. Activations are rounded to 16 bits in the weights' groups, finer than
+the bfloat16 they come in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    import ctypes
+    from collections.abc import Sequence
+
+    from draftloop.backends.torch.linear import AffineWeight
+
+BLOCK_ROWS = 16
+"""Rows that stand interleaved, one to a lane of a register."""
+_PACK_BLOCKS = 512
+"""Blocks that are put in order at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class NativeInt4Linear:
+    """blocks: [out / 16, in / group, group / 8 + 1, 16] int32 (see `kernels.c`); bias: [out] or None."""
+
+    library: ctypes.CDLL
+    blocks: torch.Tensor
+    group_size: int
+    in_features: int
+    out_features: int
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Linear`."""
+        x = x.contiguous()
+        count = len(x)
+        y = torch.empty(count, self.out_features, dtype=torch.bfloat16)
+        width = 2 * self.in_features + 8 * (self.in_features // self.group_size)
+        scratch = torch.empty(count * width, dtype=torch.uint8)
+        self.library.dl_int4(
+            self.blocks.data_ptr(),
+            x.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
+            y.data_ptr(),
+            scratch.data_ptr(),
+            count,
+            self.in_features,
+            self.out_features,
+            self.group_size,
+        )
+        return y
+
+    @property
+    def num_bytes(self) -> int:
+        """See `Linear`."""
+        return self.blocks.nbytes
+
+
+def native_int4_linear(
+    library: ctypes.CDLL, parts: Sequence[AffineWeight], bias: torch.Tensor | None, group_size: int
+) -> NativeInt4Linear:
+    """Stack the rows of `parts` in the kernel's order."""
+    words = torch.cat([part.weight for part in parts])
+    pairs = [torch.cat([getattr(part, name) for part in parts]) for name in ("scales", "biases")]
+    rows, columns = len(words), words.shape[1] * 8
+    groups = columns // group_size
+    blocks = torch.empty(-(-rows // BLOCK_ROWS), groups, group_size // 8 + 1, BLOCK_ROWS, dtype=torch.int32)
+    step = _PACK_BLOCKS * BLOCK_ROWS
+    for first in range(0, rows, step):
+        to = blocks[first // BLOCK_ROWS : (first + step) // BLOCK_ROWS]
+        codes = _by_lane(words[first : first + step].contiguous().view(torch.int32), len(to))
+        to[:, :, :-1] = codes.view(len(to), groups, -1, BLOCK_ROWS)
+        halves = [_by_lane(pair[first : first + step].to(torch.bfloat16), len(to)) for pair in pairs]
+        to[:, :, -1] = torch.cat(halves, dim=-1).view(torch.int32)
+    return NativeInt4Linear(library, blocks, group_size, columns, rows, bias)
+
+
+def _by_lane(rows: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """[N, C] -> [blocks, C, 16], rows that are not there are zero."""
+    missing = num_blocks * BLOCK_ROWS - len(rows)
+    if missing:
+        rows = torch.cat((rows, rows.new_zeros(missing, rows.shape[1])))
+    return rows.view(num_blocks, BLOCK_ROWS, -1).transpose(1, 2).contiguous()
