@@ -161,7 +161,7 @@ class Watched:
         self.notes: list[str] = []
         self.points: list[RunPoint] = []
         self.plans: list[tuple[int, int]] = []
-        self.to_judge = 0
+        self.to_judge = self.compared = 0
         self.judged_share = 0.0
         self._at_step = at_step
 
@@ -175,8 +175,8 @@ class Watched:
         self.points.append(point)
         self._at_step(point.step)
 
-    def judging(self, total: int) -> None:
-        self.to_judge = total
+    def judging(self, held_out: int, compared: int) -> None:
+        self.to_judge, self.compared = held_out, compared
 
     def judged(self, share: float) -> None:
         self.judged_share += share
@@ -190,7 +190,7 @@ class Watched:
 def steady_costs(monkeypatch: pytest.MonkeyPatch, draft_s: float = 0.001) -> None:
     """A drafted token costs the same in every outfit."""
 
-    def seconds(draft: object, outfits: Sequence[object], num_draft_tokens: int) -> list[float]:
-        return [draft_s for _ in outfits]
+    def seconds(draft: object, outfits: Sequence[object], num_draft_tokens: int) -> list[list[float]]:
+        return [[draft_s] for _ in outfits]
 
     monkeypatch.setattr("draftloop.learning.forms.interleaved_draft_seconds", seconds)

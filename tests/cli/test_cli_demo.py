@@ -81,7 +81,7 @@ def test_the_whole_circle(demo, draftloop, toy_pair, monkeypatch):
     rows = {line[:12].strip(): line[12:].split() for line in result.out.splitlines()}
     for way in demo_show.WAYS:
         assert rows[way][-3:] == [str(HELD_OUT), "of", str(HELD_OUT)]
-    assert "training.learning_rate = 0.0003" in " ".join(result.out.split())
+    assert "training.learning_rate = 0.001" in " ".join(result.out.split())
     assert "generation.max_tokens = 10" in " ".join(result.out.split())
     report = Path(re.search(r"The report, for a browser: (.*)", result.out)[1])
     assert report.parent == Path.cwd() / FOLDER / "reports"
@@ -140,10 +140,10 @@ def test_it_runs_the_package_pair_unless_models_are_named(draftloop, monkeypatch
     package, default = "package:qwen2.5-coder-1.5b-instruct", Config().models.target.name
     rate = seen[0][2]
     assert seen == [
-        (package, 64, rate),
+        (package, 96, rate),
         (default, 5, rate),
-        ("a/b", 64, rate),
-        (package, 64, rate),
+        ("a/b", 96, rate),
+        (package, 96, rate),
         (package, 9, 0.5),
     ]
 
@@ -197,7 +197,7 @@ def test_the_training_tells_a_line_for_each_validation(capsys):
         bars.point(RunPoint(7, 0.7, None, 1e-4, None, None))
         bars.point(RunPoint(7, 0.7, None, None, None, 0.75))
         bars.note("two requests were left out")
-        bars.judging(6)
+        bars.judging(6, 16)
         bars.judged(0.5)
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -206,10 +206,10 @@ def test_the_training_tells_a_line_for_each_validation(capsys):
         "step 4 of 20: held-out alpha 0.700",
         "step 7 of 20: loss 0.400 · held-out alpha 0.750 (0.700 at the start) · 1 steps skipped",
         "note: two requests were left out",
-        "judging on 6 held-out requests",
+        "choosing a form on 16 requests, judging on 6 held-out ones",
     ]
     with TrainingBars(quiet=True) as bars:
         bars.planned(3, 0)
-        bars.judging(2)
+        bars.judging(2, 1)
         bars.note("only this")
     assert capsys.readouterr().err == "note: only this\n"

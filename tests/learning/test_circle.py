@@ -52,7 +52,8 @@ def test_a_draft_that_learns_is_promoted_and_worn(classroom, store):
     assert outcome.alpha_after > outcome.alpha_before + 0.1
     assert outcome.gain_ci95[0] > 0.2
     assert watched.alphas[-1] > watched.alphas[0] + 0.1
-    assert watched.judged_share == pytest.approx(watched.to_judge)
+    assert watched.compared == 16
+    assert watched.judged_share == pytest.approx(watched.to_judge + watched.compared)
     active = store.adapters.active(classroom.pair)
     assert (active.name, active.parent, active.status) == ("a0001", None, AdapterStatus.PROMOTED)
     run = store.runs.latest(classroom.pair)
@@ -180,7 +181,7 @@ def test_stopped_and_resumed_is_the_same_adapter_to_the_bit(classroom, store, fu
 
 def test_a_stop_while_judging_goes_on_with_judging(classroom, store):
     watched = Watched()
-    first = learn(classroom.school(store), watched, lambda: watched.judged_share > 2)
+    first = learn(classroom.school(store), watched, lambda: watched.judged_share > 18)
     assert first.status == "interrupted"
     again = Watched()
     outcome = learn(classroom.school(store), again, never, resume=True)

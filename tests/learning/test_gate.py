@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from draftloop.learning.gate import Verdict, _student_quantile, judge
+from draftloop.learning.gate import Verdict, judge
 from draftloop.learning.replayed import ReplayedRequest, RoundCost
+from draftloop.learning.student import student_quantile
 from draftloop.speculation.metrics import expected_rounds
 
 COST = RoundCost(draft_s=0.01, verify_s=0.1)
@@ -263,4 +264,4 @@ def test_drafts_replayed_on_different_rows_are_refused():
 
 @pytest.mark.parametrize("degrees", [4, 5, 9, 40, 1000])
 def test_quantiles_of_students_t(degrees):
-    assert _student_quantile(0.975, degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=2e-3)
+    assert student_quantile(0.975, degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=2e-3)

@@ -78,10 +78,10 @@ class TrainingBars:
         if self._display is not None and self._task is not None:
             self._display.update(self._task, completed=point.step, figures=self._figures())
 
-    def judging(self, total: int) -> None:
+    def judging(self, held_out: int, compared: int) -> None:
         """See `Watcher`."""
-        self._line(f"judging on {total} held-out requests")
-        self._start("judging on held-out requests", total, 0)
+        self._line(f"choosing a form on {compared} requests, judging on {held_out} held-out ones")
+        self._start("judging, requests replayed", held_out + compared, 0)
 
     def judged(self, share: float) -> None:
         """See `Watcher`."""

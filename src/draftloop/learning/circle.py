@@ -45,12 +45,12 @@ class Watcher(TrainingWatcher, Protocol):
         """Something that the user should know, one sentence."""
         ...
 
-    def judging(self, total: int) -> None:
-        """Training is over; so many held-out requests are replayed."""
+    def judging(self, held_out: int, compared: int) -> None:
+        """Training is over; so many held-out requests are replayed, and so many others compare the forms."""
         ...
 
     def judged(self, share: float) -> None:
-        """So much of one held-out request has been replayed."""
+        """So much of one request has been replayed."""
         ...
 
 

@@ -4,8 +4,7 @@ Contract: pure: the same figures and seed give the same verdict, and a refusal s
 the figures were measured, nor what follows from the verdict.
 
 Sources: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", ch. 13 (percentile interval);
-Hesterberg 2015, "What Teachers Should Know About the Bootstrap" (the expanded percentile interval);
-Abramowitz and Stegun 1964, eq. 26.7.5 (quantiles of Student's t).
+Hesterberg 2015, "What Teachers Should Know About the Bootstrap" (the expanded percentile interval).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from draftloop.learning.replayed import BARE, CANDIDATE, INCUMBENT, Table
+from draftloop.learning.student import student_quantile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -210,21 +210,9 @@ def _interval(table: Table, seed: int, num_resamples: int) -> tuple[float, float
         drawn = random.integers(n, size=(min(_BLOCK_RESAMPLES, num_resamples - start), n))
         seconds = table.seconds[drawn].sum(axis=1)
         gains.append(seconds[:, INCUMBENT] / seconds[:, CANDIDATE] - 1)
-    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * _student_quantile((1 + CONFIDENCE) / 2, n - 1))
+    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student_quantile((1 + CONFIDENCE) / 2, n - 1))
     low, high = np.quantile(np.concatenate(gains), [tail, 1 - tail])
     return float(low), float(high)
-
-
-def _student_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t, to about 0.1 % from 4 degrees on (Abramowitz and Stegun 26.7.5)."""
-    x = NormalDist().inv_cdf(probability)
-    terms = (
-        (x**3 + x) / 4,
-        (5 * x**5 + 16 * x**3 + 3 * x) / 96,
-        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
-        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
-    )
-    return x + sum(term / float(degrees) ** (i + 1) for i, term in enumerate(terms))
 
 
 def _figures(part: Table) -> DomainFigures:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     Rows = NDArray[np.float32]
 
-FORM_EXAMPLES = 4
-"""Requests that every form is replayed on; the gate's own come after the choice."""
+FORM_EXAMPLES = 16
+"""At most so many requests compare the forms; the gate's own come after the choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def judge_candidate(
     lora: Lora,
     incumbent: Outfit,
     *,
-    validation: Sequence[Example],
+    compared: Sequence[Example],
     held_out: Sequence[HeldOut],
     num_draft_tokens: int,
     round_s: float | None,
@@ -78,15 +78,23 @@ def judge_candidate(
         draft: loaded; what it wears afterwards is unspecified.
         lora: the candidate.
         incumbent: what is served now.
-        validation: examples that the form is chosen by.
+        compared: examples that the form is chosen by. It compares forms of one and the same candidate, so
+            they may be examples that it was trained on.
         held_out: requests that the verdict is found by.
         num_draft_tokens: K.
         round_s: measured seconds of a round with the incumbent; None where none was.
         seed: of the bootstrap.
-        replayed: is called with the share of a held-out request that has been replayed.
+        replayed: is called with the share of an example or held-out request that has been replayed.
     """
-    known = list(validation[:FORM_EXAMPLES]) or [one.example for one in held_out[:FORM_EXAMPLES]]
-    choice = choose_form(draft, lora, incumbent, known, num_draft_tokens=num_draft_tokens, round_s=round_s)
+    choice = choose_form(
+        draft,
+        lora,
+        incumbent,
+        compared,
+        num_draft_tokens=num_draft_tokens,
+        round_s=round_s,
+        compared=replayed,
+    )
     candidate_cost, incumbent_cost, bare_cost = (
         RoundCost(draft_s, choice.verify_s)
         for draft_s in (

@@ -19,7 +19,7 @@ from draftloop.learning.checkpoints import load_checkpoint, remove_checkpoint
 from draftloop.learning.continuation import dropped_modules, starting_point
 from draftloop.learning.deployment import adapter_folder, load_deployed, new_adapter_name
 from draftloop.learning.forms import Outfit
-from draftloop.learning.judging import HeldOut, judge_candidate
+from draftloop.learning.judging import FORM_EXAMPLES, HeldOut, judge_candidate
 from draftloop.learning.recipe import Recipe
 from draftloop.learning.selection import load_examples
 from draftloop.learning.training import TrainingJob, run_training
@@ -47,7 +47,7 @@ class Outcome:
 
     Attributes:
         status: `promoted`, `rejected`, `skipped` (too little data) or `interrupted`.
-        reason: one sentence.
+        reason: a sentence or two.
         run: its id; None where it was skipped.
         adapter: the one it made.
         parent: the one it went on from.
@@ -228,7 +228,8 @@ class Run:
             if stop_wanted():
                 raise _StoppedJudging
 
-        self._watcher.judging(len(held_out))
+        compared = self._compared(examples)
+        self._watcher.judging(len(held_out), len(compared))
         draft = school.backend.load(
             school.draft_folder,
             max_kv_cache_tokens=max(recipe.settings.max_sequence_length, recipe.num_draft_tokens + 2),
@@ -237,13 +238,19 @@ class Run:
             draft,
             lora,
             Outfit() if incumbent is None else Outfit(incumbent.lora, incumbent.form),
-            validation=[examples[one] for one in recipe.validation if one in examples],
+            compared=compared,
             held_out=held_out,
             num_draft_tokens=recipe.num_draft_tokens,
             round_s=recipe.round_s,
             seed=recipe.settings.seed,
             replayed=replayed,
         )
+
+    def _compared(self, examples: Mapping[int, Example]) -> list[Example]:
+        """What the forms are compared on: the newest that validates, then the newest that was learnt from."""
+        recipe = self._recipe
+        ids = (*reversed(recipe.validation), *sorted(recipe.learnt, reverse=True))
+        return [examples[one] for one in ids if one in examples][:FORM_EXAMPLES]
 
     def _deployed(self, name: str | None) -> Deployed | None:
         return None if name is None else load_deployed(self._school.store, self._school.directory, name)
@@ -333,8 +340,11 @@ class Run:
     def _judged(self, trained: TrainingResult, judgement: Judgement, name: str) -> Outcome:
         verdict = judgement.verdict
         status = AdapterStatus.PROMOTED if verdict.promote else AdapterStatus.REJECTED
+        reason = verdict.reason
+        if trained.best_is_start:
+            reason = f"No checkpoint beat the start (validation alpha {trained.alpha_before:.3f}). {reason}"
         return replace(
-            self._outcome(status.value, verdict.reason, trained),
+            self._outcome(status.value, reason, trained),
             adapter=name,
             alpha_before=verdict.alpha_before,
             alpha_after=verdict.alpha_after,

@@ -74,9 +74,9 @@ class TensorBoardWatcher:
             self._writer.flush()
         self._watcher.point(point)
 
-    def judging(self, total: int) -> None:
+    def judging(self, held_out: int, compared: int) -> None:
         """See `Watcher`."""
-        self._watcher.judging(total)
+        self._watcher.judging(held_out, compared)
 
     def judged(self, share: float) -> None:
         """See `Watcher`."""

@@ -92,6 +92,11 @@ class TrainingResult:
     trained_s: float
     process_s: float
 
+    @property
+    def best_is_start(self) -> bool:
+        """Whether no step led to a higher validation alpha than the run began with."""
+        return self.alpha_before is not None and self.alpha_after == self.alpha_before
+
 
 def run_training(
     trainer: Trainer, job: TrainingJob, watcher: TrainingWatcher, stop_wanted: Callable[[], bool]
