@@ -117,6 +117,9 @@ def test_the_totals_are_the_sums_of_their_parts() -> None:
             ("memory.gradient_checkpointing=false", "training: activations"),
             ("generation.max_tokens=1024", "training: logits"),
             ("speculative.num_draft_tokens=64", "activations and logits"),
+            ("models.target.max_kv_cache_tokens=16384", "activations and logits"),
+            ("models.draft.max_kv_cache_tokens=16384", "activations and logits"),
+            ("memory.prefix_cache_megabytes=512", "prefix cache"),
         ]
     )
 )

@@ -19,7 +19,14 @@ from draftloop.learning.recorder import CANCELLED, Answered
 from draftloop.models.text import TextStream
 from draftloop.speculation.metrics import Tally, tokens_per_second
 from draftloop.speculation.round import decode
-from draftloop.speculation.stream import Conversation, DecodeSettings, Pair, Stream, read_prompt
+from draftloop.speculation.stream import (
+    Conversation,
+    DecodeSettings,
+    Pair,
+    Stream,
+    check_fits,
+    read_prompt,
+)
 from draftloop.types import FinishReason, Sampling, TokenKind
 
 if TYPE_CHECKING:
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
     from draftloop.learning.deployment import ActiveAdapter, Deployed
     from draftloop.learning.recorder import Provenance, Recorder
     from draftloop.models.tokenizer import Tokenizer
+    from draftloop.speculation.prefixes import PrefixCache
     from draftloop.speculation.round import Round
     from draftloop.types import Trace
 
@@ -87,7 +95,7 @@ class Completion:
         token_ids: as emitted, EOS included, cut behind the token that completed a stop string.
         finish_reason: `stop` or `length`.
         prompt_tokens: length of the prompt.
-        cached_tokens: how many of them the conversation's cache already held.
+        cached_tokens: how many of them the target's cache held, of this conversation or of a past text.
         tally: rounds, drafted and accepted tokens, alpha and tau.
         prompt_s: seconds spent on reading the prompt.
         decode_s: seconds spent on the rounds.
@@ -132,6 +140,7 @@ class Engine:
         cache_clear_frequency: the backend's spare memory is given back every so many answers.
         recorder: keeps the requests that say where they come from.
         active_adapter: tells which adapter the draft shall wear; looked at before each request.
+        prefixes: what is kept of past texts, for those that begin alike; None keeps nothing.
     """
 
     def __init__(
@@ -143,6 +152,7 @@ class Engine:
         cache_clear_frequency: int,
         recorder: Recorder | None = None,
         active_adapter: ActiveAdapter | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self.backend = backend
         self.pair = pair
@@ -150,6 +160,7 @@ class Engine:
         self.adapter: str | None = None
         self._recorder = recorder
         self._active_adapter = active_adapter
+        self._prefixes = prefixes
         self._cache_clear_frequency = cache_clear_frequency
         self._answers = 0
 
@@ -184,7 +195,7 @@ class Engine:
         Args:
             request: what to answer.
             conversation: its caches are reused as far as the prompt begins like its text; None for a
-                request that stands alone.
+                request that stands alone. Either begins with what is kept of past texts, where that is more.
 
         Yields:
             `PromptProgress` while the prompt is read, the `TextPiece`s of each round and its `RoundDone`,
@@ -208,6 +219,7 @@ class Engine:
             yield from self._rounds(answer, conversation)
             completion = answer.completion()
             self._record(answer, completion.finish_reason.value)
+            self._keep(conversation)
             yield completion
         except (GeneratorExit, KeyboardInterrupt):
             self._record(answer, CANCELLED)
@@ -217,6 +229,9 @@ class Engine:
 
     def _read(self, answer: _Answer, conversation: Conversation) -> Iterator[Event]:
         started_s, total, cached = time.perf_counter(), len(answer.request.prompt_tokens), None
+        if self._prefixes is not None:
+            check_fits(total, conversation.max_tokens)
+            self._prefixes.resume(conversation, answer.request.prompt_tokens)
         for done in read_prompt(self.pair, conversation, answer.request.prompt_tokens):
             cached = done if cached is None else cached
             yield PromptProgress(done, total)
@@ -236,6 +251,10 @@ class Engine:
                 break
             resumed_s = time.perf_counter()
         yield from answer.end()
+
+    def _keep(self, conversation: Conversation) -> None:
+        if self._prefixes is not None:
+            self._prefixes.keep(conversation)
 
     def _record(self, answer: _Answer, finish_reason: str) -> None:
         """Store the answer, once, where the request wants it and there is something to store."""

@@ -23,9 +23,10 @@ from draftloop.learning.circle import School
 from draftloop.learning.deployment import ActiveAdapter, load_deployed
 from draftloop.learning.recorder import Recorder
 from draftloop.models.folder import heads_digest
-from draftloop.models.memory import MemoryPlan, plan_memory
+from draftloop.models.memory import MEGABYTE, MemoryPlan, plan_memory
 from draftloop.models.resolve import resolve
 from draftloop.models.tokenizer import Tokenizer, check_tokenizers_agree
+from draftloop.speculation.prefixes import PrefixCache
 from draftloop.speculation.stream import Pair
 from draftloop.storage.records import PairKey
 from draftloop.storage.store import open_store
@@ -158,6 +159,7 @@ def load_prepared(
         cache_clear_frequency=config.memory.cache_clear_frequency,
         recorder=recorder,
         active_adapter=ActiveAdapter(store, directory, pair) if store and adapter == ACTIVE else None,
+        prefixes=PrefixCache(MEGABYTE * config.memory.prefix_cache_megabytes),
     )
     if store is not None and adapter not in (ACTIVE, NONE):
         engine.wear(load_deployed(store, directory, adapter))

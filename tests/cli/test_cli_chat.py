@@ -23,6 +23,9 @@ from draftloop.loading import load_engine
 
 pty = pytest.importorskip("pty", reason="needs a Unix terminal")
 
+OWN_CACHE = {"memory.prefix_cache_megabytes": 0}
+"""What is cached is the conversation's own."""
+
 PATIENCE_S = 60
 AGAIN_S = 5
 
@@ -33,7 +36,9 @@ def chat(draftloop, toys_on_numpy):
 
     def call(*lines, flags=(), options=()):
         stdin = b"".join(line if isinstance(line, bytes) else f"{line}\n".encode() for line in lines)
-        return draftloop(*toys_on_numpy, *options, "chat", "--temperature", 0, *flags, stdin=stdin)
+        return draftloop(
+            *toys_on_numpy, *settings(**OWN_CACHE), *options, "chat", "--temperature", 0, *flags, stdin=stdin
+        )
 
     return call
 
@@ -66,11 +71,14 @@ def test_the_history_is_kept_and_the_cache_reused(chat):
         assert result.err.count(word) >= 4
 
 
-def test_clear_forgets(chat):
-    result = chat("hello", "/stats", "/clear", "hello", "/stats")
+@pytest.mark.parametrize("megabytes", [0, 1])
+def test_clear_forgets_the_conversation_but_not_what_was_read(chat, megabytes):
+    options = settings(**{"memory.prefix_cache_megabytes": megabytes})
+    result = chat("hello", "/stats", "/clear", "hello", "/stats", options=options)
     first, second = _prompt_tokens(result)
     assert first == second
-    assert "cached" not in result.err
+    cached = [int(count) for count in re.findall(r"\((\d+) cached\)", result.err)]
+    assert cached == ([first - 1] if megabytes else [])
     answer = chat("hello").out
     assert result.out == answer + answer
 
@@ -244,7 +252,7 @@ def loop(toys_on_numpy, monkeypatch):
                 raise EOFError from None
 
         monkeypatch.setattr("builtins.input", type_line)
-        overrides = [*toys_on_numpy[1::2], "speculative.temperature=0"]
+        overrides = [*toys_on_numpy[1::2], *settings(**OWN_CACHE)[1::2], "speculative.temperature=0"]
         config = load_config(overrides=overrides).config
         ChatLoop(load_engine(config), AnswerOptions(config, system=""), AnswerWriter()).run_interactively()
 

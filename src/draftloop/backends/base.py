@@ -44,6 +44,24 @@ class Cache(Protocol):
         """Forget the last `n` tokens; 0 <= n <= position, else ValueError."""
         ...
 
+    @property
+    def bytes_per_token(self) -> int:
+        """What one token takes, all layers, keys and values."""
+        ...
+
+    def copy(self, n: int) -> Any:
+        """The first `n` tokens' keys and values, n · bytes_per_token on the device; 1 <= n <= position,
+        else ValueError.
+        """
+        ...
+
+    def paste(self, copied: Any, n: int) -> None:
+        """Hold the first `n` tokens of what `copy` gave, and nothing else. The copy stays as it is.
+
+        The copy is of a cache of the same model and has at least `n` tokens, n >= 1, else ValueError.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Proposal:

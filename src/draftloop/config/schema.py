@@ -144,6 +144,7 @@ class MemorySettings(Settings):
 
     gradient_checkpointing: bool = True
     cache_clear_frequency: Count = 10
+    prefix_cache_megabytes: CountOrNone = 256
 
 
 class GenerationSettings(Settings):

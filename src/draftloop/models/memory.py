@@ -24,11 +24,17 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 
+MEGABYTE = 1_000_000
+"""Settings count memory in millions of bytes."""
+
 KV_BYTES = 2
 """Backends keep keys and values in 16 bits."""
 
 PREFILL_TOKENS = 256
 """Tokens of a prompt that are read at once (`speculation.stream.PREFILL_CHUNK_TOKENS`)."""
+
+MASK_BYTES = 5
+"""Of each query and cached token while a prompt's piece attends: a boolean, and the float it becomes."""
 
 LOGIT_COPIES = 4
 """Float32 rows alive at once while p is made: logits, the sorted ones, their cumulative sum, p."""
@@ -205,16 +211,18 @@ def kv_cache_bytes(architecture: Architecture, max_kv_cache_tokens: int) -> int:
     return KV_BYTES * architecture.kv_values_per_token * max_kv_cache_tokens
 
 
-def generation_scratch_bytes(architecture: Architecture, num_rows: int) -> int:
+def generation_scratch_bytes(architecture: Architecture, num_rows: int, max_kv_cache_tokens: int) -> int:
     """What one forward needs beside weights and cache, in float32.
 
-    A prompt's piece: 256 tokens · (3 D + 3 F + 2 Q + 2 G); one layer at a time. Verifying: `num_rows` rows of
-    logits, 4 copies. The larger of the two, for they take turns.
+    A prompt's piece: 256 tokens · (3 D + 3 F + 2 Q + 2 G), one layer at a time, and which cached token each
+    of its query heads sees, 256 · heads / KV heads · max_kv_cache_tokens, as a byte and once more as a float.
+    Verifying: `num_rows` rows of logits, 4 copies. The larger of the two, for they take turns.
     """
     a = architecture
     q, g = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
     prefill = PREFILL_TOKENS * (3 * a.hidden_size + 3 * a.intermediate_size + 2 * q + 2 * g)
-    return 4 * max(prefill, num_rows * a.vocab_size * LOGIT_COPIES)
+    mask = PREFILL_TOKENS * (a.num_heads // a.num_kv_heads) * max_kv_cache_tokens * MASK_BYTES
+    return max(4 * prefill + mask, 4 * num_rows * a.vocab_size * LOGIT_COPIES)
 
 
 def lora_parameters(draft: Architecture, rank: int, target_modules: Sequence[str]) -> int:
@@ -254,8 +262,9 @@ def training_logit_bytes(draft: Architecture, config: Config) -> int:
 
 def _parts(target: Architecture, draft: Architecture | None, config: Config) -> tuple[Part, ...]:
     rows = config.speculative.num_draft_tokens + 1
-    scratch = generation_scratch_bytes(target, rows)
-    target_cache = kv_cache_bytes(target, config.models.target.max_kv_cache_tokens)
+    target_tokens = config.models.target.max_kv_cache_tokens
+    scratch = generation_scratch_bytes(target, rows, target_tokens)
+    target_cache = kv_cache_bytes(target, target_tokens)
     generation, training, both = (True, False), (False, True), (True, True)
     entries = [
         ("target: weights", weight_bytes(target), generation),
@@ -263,8 +272,9 @@ def _parts(target: Architecture, draft: Architecture | None, config: Config) -> 
     ]
     if draft is not None:
         lora = config.training.lora
-        scratch += generation_scratch_bytes(draft, rows)
-        draft_cache = kv_cache_bytes(draft, config.models.draft.max_kv_cache_tokens)
+        draft_tokens = config.models.draft.max_kv_cache_tokens
+        scratch += generation_scratch_bytes(draft, rows, draft_tokens)
+        draft_cache = kv_cache_bytes(draft, draft_tokens)
         adapter = LORA_BYTES * lora_parameters(draft, lora.rank, lora.target_modules)
         entries += [
             ("draft: weights", weight_bytes(draft), both),
@@ -274,6 +284,7 @@ def _parts(target: Architecture, draft: Architecture | None, config: Config) -> 
             ("training: logits", training_logit_bytes(draft, config), training),
         ]
     entries += [
+        ("prefix cache", MEGABYTE * config.memory.prefix_cache_megabytes, generation),
         ("activations and logits of a round", scratch, generation),
         ("Python and the framework", RUNTIME_BYTES, both),
     ]
@@ -340,7 +351,11 @@ def _floors(config: Config, *, training: bool) -> dict[str, int]:
     """The settings that could save memory, and how low each may go."""
     if not training:
         kv_tokens = config.speculative.num_draft_tokens + 2
-        return {"models.target.max_kv_cache_tokens": kv_tokens, "models.draft.max_kv_cache_tokens": kv_tokens}
+        return {
+            "models.target.max_kv_cache_tokens": kv_tokens,
+            "models.draft.max_kv_cache_tokens": kv_tokens,
+            "memory.prefix_cache_megabytes": 0,
+        }
     return {
         "training.lora.rank": 1,
         "training.batch_size": 1,

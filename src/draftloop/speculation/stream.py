@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from draftloop.backends.base import PrefillJob
 from draftloop.errors import ContextFull
 from draftloop.speculation.uniforms import Uniforms
@@ -17,7 +19,11 @@ from draftloop.types import Rules, Sampling
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from numpy.typing import NDArray
+
     from draftloop.backends.base import Cache, Model
+
+    Tokens = Sequence[int] | NDArray[np.int32]
 
 PREFILL_CHUNK_TOKENS = 256
 """A prompt is read in pieces of this size, so that progress shows and a cancelled request ends soon."""
@@ -135,7 +141,7 @@ def read_prompt(pair: Pair, conversation: Conversation, prompt: Sequence[int]) -
         ContextFull: the prompt leaves no room for an answer.
     """
     check_fits(len(prompt), conversation.max_tokens)
-    shared = _common_prefix(conversation.tokens, prompt)
+    shared = common_prefix(conversation.tokens, prompt)
     conversation.settle(min(shared + 1, len(prompt), len(conversation.tokens)))
     conversation.tokens = list(prompt)
     models = [(pair.target, conversation.target_cache)]
@@ -152,10 +158,8 @@ def read_prompt(pair: Pair, conversation: Conversation, prompt: Sequence[int]) -
         yield conversation.target_cache.position
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    length = 0
-    for left, right in zip(a, b, strict=False):
-        if left != right:
-            break
-        length += 1
-    return length
+def common_prefix(a: Tokens, b: Tokens) -> int:
+    """How many tokens two texts begin with alike."""
+    length = min(len(a), len(b))
+    differing = np.flatnonzero(np.asarray(a[:length], np.int32) != np.asarray(b[:length], np.int32))
+    return int(differing[0]) if len(differing) else length

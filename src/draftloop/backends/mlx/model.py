@@ -60,6 +60,35 @@ class MlxCache:
             raise ValueError(f"cannot trim {n} of {self.position} tokens")
         trim_prompt_cache(self.layers, n)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """What one token takes; 0 in a cache that was never written, whose dtype is not known yet."""
+        arrays = [
+            array for layer in self.layers if layer.keys is not None for array in (layer.keys, layer.values)
+        ]
+        return sum(array.nbytes // array.shape[2] for array in arrays)
+
+    def copy(self, n: int) -> list[tuple[mx.array, mx.array]]:
+        """The first `n` tokens of each layer, keys and values [1, G, n, W]; see `Cache`."""
+        if not 1 <= n <= self.position:
+            raise ValueError(f"cannot copy {n} of {self.position} tokens")
+        # A slice alone would keep the whole array alive.
+        copied = [
+            (mx.contiguous(layer.keys[..., :n, :]), mx.contiguous(layer.values[..., :n, :]))
+            for layer in self.layers
+        ]
+        mx.eval(copied)
+        return copied
+
+    def paste(self, copied: list[tuple[mx.array, mx.array]], n: int) -> None:
+        """Begin anew with the first `n` tokens of a copy; see `Cache`."""
+        held = copied[0][0].shape[2]
+        if not 1 <= n <= held:
+            raise ValueError(f"the copy has {held} tokens, not {n}")
+        # mlx-lm writes into its arrays; a slice is another array, so the copy stays as it is.
+        for layer, (keys, values) in zip(self.layers, copied, strict=True):
+            layer.keys, layer.values, layer.offset = keys[..., :n, :], values[..., :n, :], n
+
     def check_room(self, n: int) -> None:
         """Refuse `n` more tokens where they exceed `max_tokens`.
 

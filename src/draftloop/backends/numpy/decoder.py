@@ -10,6 +10,7 @@ embedding), Zhang and Sennrich 2019 (RMSNorm), Shazeer 2020 (gated MLP), Ainslie
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,6 +64,27 @@ class NumpyCache:
         if not 0 <= n <= self._position:
             raise ValueError(f"cannot trim {n} of {self._position} tokens")
         self._position -= n
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What one token takes."""
+        layers, _, *rest = self._keys.shape
+        return int(2 * layers * math.prod(rest) * self._keys.itemsize)
+
+    def copy(self, n: int) -> tuple[Floats, Floats]:
+        """Keys and values of the first `n` tokens, [L, n, G, W] each; see `Cache`."""
+        if not 1 <= n <= self._position:
+            raise ValueError(f"cannot copy {n} of {self._position} tokens")
+        return self._keys[:, :n].copy(), self._values[:, :n].copy()
+
+    def paste(self, copied: tuple[Floats, Floats], n: int) -> None:
+        """Begin anew with the first `n` tokens of a copy; see `Cache`."""
+        held = copied[0].shape[1]
+        if not 1 <= n <= held:
+            raise ValueError(f"the copy has {held} tokens, not {n}")
+        self._position = 0
+        self.extend(n)
+        self._keys[:, :n], self._values[:, :n] = (part[:, :n] for part in copied)
 
     def extend(self, n: int) -> None:
         """Make room for `n` more tokens and count them.

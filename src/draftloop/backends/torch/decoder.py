@@ -62,6 +62,24 @@ class TorchCache:
             raise ValueError(f"cannot trim {n} of {self._position} tokens")
         self._position -= n
 
+    @property
+    def bytes_per_token(self) -> int:
+        """What one token takes."""
+        return self.values.numel() // self.max_tokens * self.values.element_size()
+
+    def copy(self, n: int) -> torch.Tensor:
+        """The first `n` tokens, [L, 2, G, n, E]; see `Cache`."""
+        if not 1 <= n <= self._position:
+            raise ValueError(f"cannot copy {n} of {self._position} tokens")
+        return self.values[:, :, :, :n].clone(memory_format=torch.contiguous_format)
+
+    def paste(self, copied: torch.Tensor, n: int) -> None:
+        """Begin anew with the first `n` tokens of a copy; see `Cache`."""
+        if not 1 <= n <= copied.shape[3]:
+            raise ValueError(f"the copy has {copied.shape[3]} tokens, not {n}")
+        self.values[:, :, :, :n] = copied[:, :, :, :n]
+        self._position = n
+
 
 class Decoder:
     """One model's forward pass."""
