@@ -13,10 +13,11 @@ torch = pytest.importorskip("torch")
 from draftloop.backends.architecture import read_architecture  # noqa: E402
 from draftloop.backends.registry import open_backend  # noqa: E402
 from draftloop.backends.torch import linear, operations  # noqa: E402
+from draftloop.backends.torch.adapter import adapted_linear  # noqa: E402
 from draftloop.backends.torch.decoder import rope_tables  # noqa: E402
 from draftloop.backends.torch.linear import AffineWeight, dequantize, int4_linear  # noqa: E402
 from draftloop.backends.torch.native import library  # noqa: E402
-from draftloop.backends.torch.native.linear import NativeInt4Linear  # noqa: E402
+from draftloop.backends.torch.native.linear import NativeAdaptedLinear, NativeInt4Linear  # noqa: E402
 from draftloop.backends.torch.native.operations import NativeOperations  # noqa: E402
 from draftloop.backends.torch.operations import EagerOperations, Span, operations_for  # noqa: E402
 from draftloop.backends.torch.weights import Layer  # noqa: E402
@@ -77,6 +78,22 @@ def test_a_products_bits_do_not_depend_on_the_rows_beside_it():
     together = layer(x)
     for width in range(1, 12):
         assert torch.equal(torch.cat([layer(part) for part in x.split(width)]), together)
+
+
+@needs_kernels
+@pytest.mark.parametrize("ranks", [1, 8, 30])
+def test_an_adapter_beside_a_product_is_added_to_it(ranks):
+    base, x = int4_linear([affine(1040, 256, 64)], None, 64, torch.bfloat16, CPU), inputs(11, 256)
+    random = torch.Generator().manual_seed(5)
+    a = torch.randn(256, ranks, generator=random).bfloat16()
+    b = torch.randn(ranks, 1040, generator=random).bfloat16()
+    layer = adapted_linear(base, a, b)
+    assert isinstance(layer, NativeAdaptedLinear)
+    y = layer(x)
+    wanted = base(x).double() + x.double() @ a.double() @ b.double()
+    torch.testing.assert_close(y.double(), wanted, rtol=2**-8, atol=2e-2)
+    for width in (1, 4):
+        assert torch.equal(torch.cat([layer(part) for part in x.split(width)]), y)
 
 
 @needs_kernels

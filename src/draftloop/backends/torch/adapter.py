@@ -23,6 +23,8 @@ from draftloop.backends.torch.linear import (
     int4_linear,
     int8_linear,
 )
+from draftloop.backends.torch.native.library import load_library
+from draftloop.backends.torch.native.linear import native_adapted_linear
 from draftloop.backends.torch.requantize import shifted
 from draftloop.backends.torch.weights import layer_groups
 from draftloop.errors import ModelUnreadable
@@ -57,6 +59,13 @@ class AdaptedLinear:
     def num_bytes(self) -> int:
         """See `Linear`."""
         return self.base.num_bytes + self.a.nbytes + self.b.nbytes
+
+
+def adapted_linear(base: Linear, a: torch.Tensor, b: torch.Tensor) -> Linear:
+    """An adapter beside `base`, by the fastest kernels that its device has: a [in, R]; b [R, out], scaled."""
+    library = load_library(torch.get_num_threads()) if a.device.type == "cpu" else None
+    native = None if library is None else native_adapted_linear(library, base, a, b)
+    return native or AdaptedLinear(base, a, b)
 
 
 def adapter_forms(architecture: Architecture, device: torch.device) -> tuple[AdapterForm, ...]:
@@ -146,7 +155,7 @@ class _Deployer:
                 rank += step
             first_row += out
         a, b = (t.to(self._loader.device, self._loader.dtype) for t in (a.T, b * self._lora.spec.scale))
-        return AdaptedLinear(base, a.contiguous(), b)
+        return adapted_linear(base, a.contiguous(), b)
 
     def _delta(self, module: str) -> torch.Tensor | None:
         """What the adapter adds to the module's weight, [out, in] float32."""

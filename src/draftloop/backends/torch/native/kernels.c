@@ -282,6 +282,54 @@ void dl_int4(const uint32_t *weights, const bf16 *input, const bf16 *bias, bf16 
     run(multiply_blocks, &p, (blocks + BLOCKS_A_TASK - 1) / BLOCKS_A_TASK);
 }
 
+/* ---- an adapter beside a product -------------------------------------------------------------------- */
+
+#define RANKS_A_TASK 4
+#define OUTPUTS_A_TASK 512
+
+typedef struct {
+    const bf16 *input, *a, *b;
+    bf16 *output;
+    float *inner; /* [T, R] */
+    long tokens, inputs, ranks, outputs;
+} Adapter;
+
+static void adapt_inner(void *arguments, long index) {
+    Adapter *p = arguments;
+    long end = (index + 1) * RANKS_A_TASK < p->ranks ? (index + 1) * RANKS_A_TASK : p->ranks;
+    for (long r = index * RANKS_A_TASK; r < end; r++)
+        for (long t = 0; t < p->tokens; t++) {
+            const bf16 *x = p->input + t * p->inputs, *a = p->a + r * p->inputs;
+            __m512 sum = _mm512_setzero_ps();
+            for (long k = 0; k < p->inputs; k += LANES) sum = _mm512_fmadd_ps(load_bf16(x + k), load_bf16(a + k), sum);
+            p->inner[t * p->ranks + r] = _mm512_reduce_add_ps(sum);
+        }
+}
+
+static void adapt_outer(void *arguments, long index) {
+    Adapter *p = arguments;
+    long end = (index + 1) * OUTPUTS_A_TASK < p->outputs ? (index + 1) * OUTPUTS_A_TASK : p->outputs;
+    for (long t = 0; t < p->tokens; t++)
+        for (long n = index * OUTPUTS_A_TASK; n < end; n += LANES) {
+            bf16 *y = p->output + t * p->outputs + n;
+            __m512 sum = load_bf16(y);
+            for (long r = 0; r < p->ranks; r++) {
+                __m512 inner = _mm512_set1_ps(p->inner[t * p->ranks + r]);
+                sum = _mm512_fmadd_ps(inner, load_bf16(p->b + r * p->outputs + n), sum);
+            }
+            store_bf16(y, sum);
+        }
+}
+
+/* output [T, N] += (input [T, K] · a [R, K]^T) · b [R, N], all bf16; K and N multiples of 16. inner: scratch of
+ * T · R floats. */
+void dl_adapt(const bf16 *input, const bf16 *a, const bf16 *b, bf16 *output, float *inner, long tokens, long inputs,
+              long ranks, long outputs) {
+    Adapter p = {input, a, b, output, inner, tokens, inputs, ranks, outputs};
+    run(adapt_inner, &p, (ranks + RANKS_A_TASK - 1) / RANKS_A_TASK);
+    run(adapt_outer, &p, (outputs + OUTPUTS_A_TASK - 1) / OUTPUTS_A_TASK);
+}
+
 /* ---- between the products --------------------------------------------------------------------------- */
 
 /* Sum of x · x over one row of n, n a multiple of 16. */

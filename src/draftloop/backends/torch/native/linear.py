@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import ctypes
     from collections.abc import Sequence
 
-    from draftloop.backends.torch.linear import AffineWeight
+    from draftloop.backends.torch.linear import AffineWeight, Linear
 
 BLOCK_ROWS = 16
 """Rows that stand interleaved, one to a lane of a register."""
@@ -59,6 +59,40 @@ class NativeInt4Linear:
     def num_bytes(self) -> int:
         """See `Linear`."""
         return self.blocks.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class NativeAdaptedLinear:
+    """base(x) + x · a · b, the two small products in one call; a: [R, in], b: [R, out], both bfloat16."""
+
+    library: ctypes.CDLL
+    base: Linear
+    a: torch.Tensor
+    b: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Linear`."""
+        x = x.contiguous()
+        y = self.base(x).contiguous()
+        (ranks, columns), rows, count = self.a.shape, self.b.shape[1], len(x)
+        inner = torch.empty(count, ranks)
+        pointers = (tensor.data_ptr() for tensor in (x, self.a, self.b, y, inner))
+        self.library.dl_adapt(*pointers, count, columns, ranks, rows)
+        return y
+
+    @property
+    def num_bytes(self) -> int:
+        """See `Linear`."""
+        return self.base.num_bytes + self.a.nbytes + self.b.nbytes
+
+
+def native_adapted_linear(
+    library: ctypes.CDLL, base: Linear, a: torch.Tensor, b: torch.Tensor
+) -> NativeAdaptedLinear | None:
+    """Put a [in, R] and b [R, out] beside `base`; None where their widths do not fill whole registers."""
+    if a.dtype is not torch.bfloat16 or len(a) % BLOCK_ROWS or b.shape[1] % BLOCK_ROWS:
+        return None
+    return NativeAdaptedLinear(library, base, a.T.contiguous(), b.contiguous())
 
 
 def native_int4_linear(
