@@ -171,9 +171,10 @@ def test_the_draft_is_no_longer_than_the_match_allows() -> None:
         assert len(match.tokens) == min(64, DRAFT_TOKENS_PER_MATCH_TOKEN * length, 60 - length)
 
 
-def test_two_tokens_are_no_match_and_no_answers_are_kept_without_room() -> None:
+def test_one_token_is_no_match_and_no_answers_are_kept_without_room() -> None:
     index = index_of([[1, 2, 7, 8]])
-    assert index.match(index.open_text([1, 2], 10), 4) is None
+    assert index.match(index.open_text([9, 2], 10), 4) is None
+    assert index.match(index.open_text([1, 2], 10), 4) is not None
     empty = index_of([[1, 2, 3, 4]], max_tokens=0)
     assert empty.match(empty.open_text([1, 2, 3], 10), 4) is None
     with pytest.raises(ValueError, match="needs more than"):
