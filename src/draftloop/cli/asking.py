@@ -7,7 +7,7 @@ answer is shown.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from draftloop.cli import options
@@ -173,6 +173,16 @@ def _no_such_adapter(asked: AnswerOptions) -> InputError:
     return InputError(
         f"there is no adapter {asked.adapter!r} (--adapter)", remedy="draftloop adapters list names them."
     )
+
+
+def with_fixed_adapter(asked: AnswerOptions, store: Store | None) -> AnswerOptions:
+    """The active adapter by its name: a promotion meanwhile must not mix two drafts in one figure."""
+    from draftloop.loading import pair_of
+
+    if asked.adapter != ACTIVE_ADAPTER or store is None:
+        return asked
+    active = store.adapters.active(pair_of(asked.config))
+    return replace(asked, adapter=NO_ADAPTER if active is None else active.name)
 
 
 def prepare_models(asked: AnswerOptions) -> Prepared:

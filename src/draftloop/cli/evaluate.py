@@ -13,29 +13,23 @@ import typer  # noqa: TC002  # typer reads annotations when it runs
 
 from draftloop.cli import options  # noqa: TC001
 from draftloop.cli.asking import (
-    ACTIVE_ADAPTER,
-    NO_ADAPTER,
-    AnswerOptions,
     load_models,
     open_store_for,
     prepare_models,
     read_options,
     request_for,
+    with_fixed_adapter,
 )
 from draftloop.cli.console import new_table, out_console, say, write_json
 from draftloop.cli.figures import setup_figures, shown, summary_figures, total
 from draftloop.cli.progress import counting
-from draftloop.cli.prompts import read_prompts
+from draftloop.cli.prompts import by_task, read_prompts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from draftloop.cli.prompts import Prompt
     from draftloop.engine import Completion, Engine, Request
-    from draftloop.storage.store import Store
 
-NO_TASK = "no task"
-"""Stands for the prompts that name none."""
 WARM_UP_TOKENS = 8
 
 
@@ -69,7 +63,7 @@ def evaluate(
     )
     prompts = read_prompts(prompts_file)
     with open_store_for(asked) as store:
-        asked = _with_fixed_adapter(asked, store)
+        asked = with_fixed_adapter(asked, store)
         prepared = prepare_models(asked)
         requests = [request_for(asked, prepared.tokenizer, prompt) for prompt in prompts]
         engine = load_models(asked.config, prepared, store, adapter=asked.adapter)
@@ -80,23 +74,13 @@ def evaluate(
         engine.adapter,
         with_draft=asked.with_draft,
     )
-    tasks = _by_task(prompts, completions)
+    tasks = by_task(prompts, completions)
     if as_json:
         figures = {"prompts": len(prompts), **summary_figures(completions)}
         write_json({**figures, "tasks": {name: _figures(done) for name, done in tasks.items()}, **setup})
     else:
         _show(tasks, completions)
         say(f"adapter: {engine.adapter or 'none'} · {setup['backend']} · nothing was stored")
-
-
-def _with_fixed_adapter(asked: AnswerOptions, store: Store | None) -> AnswerOptions:
-    """The active adapter by its name: a promotion meanwhile must not mix two drafts in one figure."""
-    from draftloop.loading import pair_of
-
-    if asked.adapter != ACTIVE_ADAPTER or store is None:
-        return asked
-    active = store.adapters.active(pair_of(asked.config))
-    return replace(asked, adapter=NO_ADAPTER if active is None else active.name)
 
 
 def _answer(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
@@ -108,14 +92,6 @@ def _answer(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
             tally, speed = total(completions)
             counter.advance(f"alpha {shown(tally.alpha, 2)} · {shown(speed, 1)} tok/s")
     return completions
-
-
-def _by_task(prompts: Iterable[Prompt], completions: Iterable[Completion]) -> dict[str, list[Completion]]:
-    """Answers by task, in the order of their first prompts."""
-    tasks: dict[str, list[Completion]] = {}
-    for prompt, completion in zip(prompts, completions, strict=True):
-        tasks.setdefault(prompt.task or NO_TASK, []).append(completion)
-    return tasks
 
 
 def _figures(completions: Sequence[Completion]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from draftloop.cli.memory_table import memory_figures
 from draftloop.errors import DraftloopError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from draftloop.config import Config
 
 COMMAND_TIMEOUT_S = 5
@@ -39,6 +41,19 @@ def machine_facts() -> Facts:
         "memory_available_bytes": int(memory.available),
         "gpu": _gpu_name(),
     }
+
+
+def version_facts(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of this program, of Python, and of those `packages` that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"draftloop": version("draftloop"), "Python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 def backend_facts(config: Config) -> Facts:

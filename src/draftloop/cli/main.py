@@ -15,6 +15,7 @@ import typer
 
 from draftloop.cli import (
     adapters,
+    benchmark,
     chat,
     collect,
     config,
@@ -87,6 +88,7 @@ def build_app() -> typer.Typer:
     app.command("chat")(chat.chat)
     app.command("collect")(collect.collect)
     app.command("evaluate")(evaluate.evaluate)
+    app.command("benchmark")(benchmark.benchmark)
     app.command("stats")(stats.stats)
     app.command("report")(report.report)
     app.command("train")(train.train)

@@ -8,16 +8,20 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from draftloop.cli.options import check_text
 from draftloop.errors import PromptError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+Outcome = TypeVar("Outcome")
+
 THE_PROMPT = "the prompt"
+NO_TASK = "no task"
+"""Stands for the prompts that name none."""
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _LINE = 'Write one object a line, as in {"prompt": "…", "system": "…", "task": "…", "id": "…"}.'
 
@@ -82,6 +86,14 @@ def read_prompts(path: Path) -> list[Prompt]:
     if path.suffix.lower() in JSONL_SUFFIXES or _is_prompt_object(lines[0][1]):
         return [_parse(line, f"{path}:{number}") for number, line in lines]
     return [Prompt(line, f"{path}:{number}") for number, line in lines]
+
+
+def by_task(prompts: Iterable[Prompt], outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
+    """What came of each prompt, by task, in the order of the tasks' first prompts."""
+    tasks: dict[str, list[Outcome]] = {}
+    for prompt, outcome in zip(prompts, outcomes, strict=True):
+        tasks.setdefault(prompt.task or NO_TASK, []).append(outcome)
+    return tasks
 
 
 def read_turns() -> Iterator[str]:

@@ -119,10 +119,7 @@ def _tokenizer(config: Config) -> Tokenizer | None:
 
 
 def _machine_rows() -> list[tuple[str, str]]:
-    from importlib.metadata import PackageNotFoundError, version
-    from platform import python_version
-
-    from draftloop.cli.examine import machine_facts
+    from draftloop.cli.examine import machine_facts, version_facts
 
     machine = machine_facts()
     parts = [
@@ -131,10 +128,5 @@ def _machine_rows() -> list[tuple[str, str]]:
         machine["gpu"] or "no GPU",
         machine["system"],
     ]
-    versions = [f"draftloop {version('draftloop')}", f"Python {python_version()}"]
-    for package in VERSIONED:
-        try:
-            versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
+    versions = [f"{name} {version}" for name, version in version_facts(VERSIONED).items()]
     return [("This machine", ", ".join(parts)), ("Versions", ", ".join(versions))]

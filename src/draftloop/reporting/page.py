@@ -19,6 +19,7 @@ from draftloop.reporting.overview import (
     request_charts,
     tiles_of,
 )
+from draftloop.reporting.templating import render
 from draftloop.reporting.trainings import adapter_views, held_out_view, run_views
 from draftloop.reporting.wording import count, number, percent, when
 
@@ -63,16 +64,7 @@ class MistakeRow:
 
 def render_report(stored: Stored, names: TokenNames, surroundings: Surroundings) -> str:
     """The page, without a byte order mark."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("draftloop.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(**_values(stored, names, surroundings))
+    return render("report.html", **_values(stored, names, surroundings))
 
 
 def _values(stored: Stored, names: TokenNames, surroundings: Surroundings) -> dict[str, Any]:

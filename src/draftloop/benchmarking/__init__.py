@@ -1,0 +1,1 @@
+"""How fast the pair decodes, beside the target alone and the programs that people would use instead."""
