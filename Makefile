@@ -49,8 +49,10 @@ check: $(VENV)/.dev ## ruff, mypy, the layer contract, unused settings.
 	$(BIN)/lint-imports
 	$(BIN)/python dev/check_settings.py
 
-benchmark: $(VENV)/.dev ## Measure the package pair on this machine.
+benchmark: $(VENV)/.dev ## Measure the package pair on this machine, beside llama.cpp.
 	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/draftloop --config configs/offline.yaml benchmark --against llama.cpp --prompts benchmarks/prompts.jsonl \
+		--temperature 0 --max-tokens 64
 	$(BIN)/python benchmarks/decode.py
 
 clean: ## Remove .venv and caches; models and data stay.

@@ -46,6 +46,7 @@ def test_the_json_contract(benchmark, prompts, toy_pair):
     assert figures["ratios"].keys() == {"speculative/target"}
     assert figures["ratios"]["speculative/target"].keys() == RATIO
     assert figures["models"] == {"target": str(toy_pair()[0]), "draft": str(toy_pair()[1])}
+    assert (figures["adapter"], figures["backend"]) == (None, "numpy")
     assert figures["machine"]["cores"] >= 1
     assert {"draftloop", "Python", "numpy"} <= figures["versions"].keys()
     assert list(figures["tasks"]) == ["sums", "poems", "no task"]
@@ -74,9 +75,10 @@ def test_a_peer_answers_from_a_child_and_its_best_mode_is_told(benchmark, prompt
     assert figures["modes"]["fake+draft"]["is"] == "fake, drafting, 3 draft tokens"
     assert figures["modes"]["fake best"]["tokens_per_s"] == 10
     assert {figures["modes"][name]["tokens_per_s"] for name in ("fake", "fake+draft")} <= {5, 7.5, 10}
+    assert all(task["ratios"].keys() == figures["ratios"].keys() for task in figures["tasks"].values())
     assert figures["ratios"].keys() == {
-        "speculative/target", "fake/target", "speculative/fake", "fake+draft/target", "speculative/fake+draft",
-        "fake+draft/fake", "fake best/target", "speculative/fake best",
+        "speculative/target", "fake/target", "fake+draft/target", "fake+draft/fake",
+        "speculative/fake", "speculative/fake+draft", "fake best/target", "speculative/fake best",
     }  # fmt: skip
 
 

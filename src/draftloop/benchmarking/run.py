@@ -34,7 +34,7 @@ def interleave(
         answered: is told of each answer.
 
     Yields:
-        For each job, in order, the answers by contender's name.
+        For each job, in order, the answers by contender's name, in the contenders' order.
     """
     warm_up = replace(jobs[0], max_tokens=min(WARM_UP_TOKENS, jobs[0].max_tokens))
     for contender in contenders:
@@ -44,4 +44,4 @@ def interleave(
         for contender in order_of(contenders, index):
             answers[contender.name] = contender.answer(job)
             answered(contender.name, answers[contender.name])
-        yield answers
+        yield {contender.name: answers[contender.name] for contender in contenders}

@@ -120,7 +120,8 @@ def benchmark(
         engine = load_models(asked.config, prepared, store, adapter=asked.adapter) if ours else None
         contenders = [_open(mode, wanted, asked, engine, stack) for mode in wanted.modes]
         answers = _measure(contenders, jobs)
-    _tell(asked, prepared, prompts, contenders, answers, plot=plot, as_json=as_json)
+    worn = None if engine is None else engine.adapter
+    _tell(asked, prepared, prompts, contenders, answers, adapter=worn, plot=plot, as_json=as_json)
 
 
 def _tell(
@@ -130,6 +131,7 @@ def _tell(
     contenders: Sequence[Contender],
     answers: Sequence[Mapping[str, Answer]],
     *,
+    adapter: str | None,
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -142,7 +144,7 @@ def _tell(
     told = Told(
         config=asked.config,
         backend=prepared.backend.capabilities(),
-        adapter=None if asked.adapter == "none" else asked.adapter,
+        adapter=adapter,
         seed=asked.seed,
         descriptions={contender.name: contender.description for contender in contenders}
         | {best: f"at each prompt the faster of {' and '.join(of)}" for best, of in derived.items()},

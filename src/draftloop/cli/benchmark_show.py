@@ -104,12 +104,12 @@ def write_plot(told: Told, path: Path) -> None:
         for task, part in _parts(told).items()
     ]
     models = told.config.models
-    title = f"Decoding speed, {models.target.name} with {models.draft.name}"
+    title, pair = "Decoding speed at the same prompt", f"{models.target.name} with {models.draft.name}"
     machine = machine_facts()
     where = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores · {_conditions(told)}"
     notes = [where, "Bars are medians over prompts (their number in brackets), lines are 95 % intervals."]
     with new_file(path) as partial:
-        partial.write_text(draw_ratios(title, groups, notes), encoding="utf-8")
+        partial.write_text(draw_ratios(title, pair, groups, notes), encoding="utf-8")
 
 
 def _bar(bar: Any, name: str, ratio: Ratio) -> Any:

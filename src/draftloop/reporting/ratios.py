@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TEMPLATE = "ratios.svg"
 WIDTH, MARGIN, LABELS_WIDTH, VALUES_WIDTH = 860, 20, 190, 60
 BAR_HEIGHT, BAR_GAP, GROUP_GAP = 16, 4, 14
-TITLE_HEIGHT, LEGEND_HEIGHT, AXIS_HEIGHT, NOTE_HEIGHT = 40, 20, 26, 18
+TITLE_HEIGHT, LEGEND_HEIGHT, AXIS_HEIGHT, NOTE_HEIGHT = 60, 20, 26, 18
 COLOURS = ("#1f5fa8", "#b3410f", "#00735c", "#a0428c", "#74787d", "#8a6d00")
 TICKS = 6
 
@@ -53,11 +53,12 @@ class _Placed:
     colour: str
 
 
-def draw_ratios(title: str, groups: Sequence[Group], notes: Sequence[str]) -> str:
+def draw_ratios(title: str, subtitle: str, groups: Sequence[Group], notes: Sequence[str]) -> str:
     """The picture.
 
     Args:
         title: above it.
+        subtitle: a line below the title.
         groups: at least one.
         notes: lines below it.
     """
@@ -77,6 +78,7 @@ def draw_ratios(title: str, groups: Sequence[Group], notes: Sequence[str]) -> st
     return render(
         TEMPLATE,
         title=title,
+        subtitle=subtitle,
         legend=[
             {"y": TITLE_HEIGHT + LEGEND_HEIGHT * (index + 0.5), "name": name, "colour": _colour(index)}
             for index, name in enumerate(names)

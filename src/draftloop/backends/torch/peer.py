@@ -49,9 +49,9 @@ class AssistedGeneration:
     ) -> None:
         torch.set_num_threads(threads)
         self.device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-        self._model = _load(target, self.device)
+        self._model = load_dense(target, self.device)
         self._eos_token_ids = sorted(eos_token_ids)
-        self._assistant = None if draft is None else _load(draft, self.device)
+        self._assistant = None if draft is None else load_dense(draft, self.device)
         if self._assistant is not None:
             self._assistant.generation_config.num_assistant_tokens = num_draft_tokens
             self._assistant.generation_config.num_assistant_tokens_schedule = "constant"
@@ -107,7 +107,12 @@ class _Clock(BaseStreamer):
         """Nothing is left to be noted."""
 
 
-def _load(folder: Path, device: str) -> Any:
+def load_dense(folder: Path, device: str) -> Any:
+    """The folder's model as transformers' module in bfloat16.
+
+    Raises:
+        ModelUnreadable: transformers knows other tensors for it than the folder holds.
+    """
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # An affine checkpoint's own entries: what is loaded here is dense.
     for key in ("quantization", "quantization_config"):
