@@ -17,7 +17,7 @@ from draftloop.backends.torch.adapter import adapted_linear  # noqa: E402
 from draftloop.backends.torch.decoder import rope_tables  # noqa: E402
 from draftloop.backends.torch.linear import AffineWeight, dequantize, int4_linear  # noqa: E402
 from draftloop.backends.torch.native import library  # noqa: E402
-from draftloop.backends.torch.native.linear import NativeAdaptedLinear, NativeInt4Linear  # noqa: E402
+from draftloop.backends.torch.native.linear import NativeAdaptedLinear, NativeInt4Linear, native_unpack  # noqa: E402
 from draftloop.backends.torch.native.operations import NativeOperations  # noqa: E402
 from draftloop.backends.torch.operations import EagerOperations, Span, operations_for  # noqa: E402
 from draftloop.backends.torch.weights import Layer  # noqa: E402
@@ -78,6 +78,15 @@ def test_a_products_bits_do_not_depend_on_the_rows_beside_it():
     together = layer(x)
     for width in range(1, 12):
         assert torch.equal(torch.cat([layer(part) for part in x.split(width)]), together)
+
+
+@needs_kernels
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_unpacked_weights_are_rounded_once(group):
+    part, rows = affine(150, 384, group), torch.empty(150, 384, dtype=torch.bfloat16)
+    native_unpack(library.load_library(torch.get_num_threads()), part, rows)
+    # scale · code + bias is exact in float64, nearly so in float32.
+    torch.testing.assert_close(rows.double(), dequantize(part, torch.float64), rtol=2**-8, atol=0)
 
 
 @needs_kernels

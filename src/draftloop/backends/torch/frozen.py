@@ -4,8 +4,8 @@ Contract: `FrozenLinear.dense()` gives a linear layer's weight in the activation
 the next layer of the same kind overwrites; so at most one layer is dense at a time, and no gradient is kept
 for any. Must not know adapters.
 
-On a CPU the 4-bit rows stay in the mapped file. Making a byte's two codes bfloat16 is one look-up in a table
-of 256 entries, cheaper than shifting and masking.
+On a CPU the 4-bit rows stay in the mapped file. Without kernels of our own, making a byte's two codes
+bfloat16 is one look-up in a table of 256 entries, cheaper than shifting and masking.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from draftloop.backends.torch.linear import AffineWeight, dequantize
+from draftloop.backends.torch.native.library import load_library
+from draftloop.backends.torch.native.linear import native_unpack
 from draftloop.backends.torch.weights import AffineEmbedding, DenseEmbedding, layer_groups
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Workspace:
         codes = torch.arange(256, device=device)
         pairs = torch.stack((codes & 15, codes >> 4), dim=-1).to(torch.bfloat16)
         self.dtype = dtype
+        self._library = load_library(torch.get_num_threads()) if device.type == "cpu" else None
         self._pairs = pairs.view(torch.int32).flatten()
         self._codes = torch.empty(0, dtype=torch.int32, device=device)
         self._buffers: dict[str, torch.Tensor] = {}
@@ -58,6 +61,9 @@ class Workspace:
     def _fill(self, part: AffineWeight, rows: torch.Tensor) -> None:
         if self.dtype is not torch.bfloat16:
             rows.copy_(dequantize(part, self.dtype))
+            return
+        if self._library is not None:
+            native_unpack(self._library, part, rows)
             return
         packed = part.weight.contiguous().view(torch.uint8).flatten()
         # Kept between calls: fresh pages would cost as much as the look-up.

@@ -282,6 +282,43 @@ void dl_int4(const uint32_t *weights, const bf16 *input, const bf16 *bias, bf16 
     run(multiply_blocks, &p, (blocks + BLOCKS_A_TASK - 1) / BLOCKS_A_TASK);
 }
 
+/* ---- unpacking, for training ------------------------------------------------------------------------ */
+
+typedef struct {
+    const uint32_t *words;
+    const float *scales, *biases;
+    bf16 *output;
+    long rows, columns, group;
+} Unpacking;
+
+#define ROWS_A_TASK 64
+
+static void unpack_rows(void *arguments, long index) {
+    Unpacking *p = arguments;
+    long groups = p->columns / p->group;
+    long end = (index + 1) * ROWS_A_TASK < p->rows ? (index + 1) * ROWS_A_TASK : p->rows;
+    const __m512i nibble = _mm512_set1_epi32(15);
+    const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    for (long n = index * ROWS_A_TASK; n < end; n++)
+        for (long g = 0; g < groups; g++) {
+            __m512 scale = _mm512_set1_ps(p->scales[n * groups + g]), bias = _mm512_set1_ps(p->biases[n * groups + g]);
+            long at = n * p->columns + g * p->group;
+            for (long k = at; k < at + p->group; k += LANES) {
+                __m512i pair = _mm512_inserti64x4(_mm512_set1_epi32((int)p->words[k / 8]),
+                                                  _mm256_set1_epi32((int)p->words[k / 8 + 1]), 1);
+                __m512i codes = _mm512_and_si512(_mm512_srlv_epi32(pair, shifts), nibble);
+                store_bf16(p->output + k, _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), scale, bias));
+            }
+        }
+}
+
+/* MLX affine rows, words [N, K / 8], scales and biases [N, K / group] float32 -> [N, K] bf16. */
+void dl_unpack(const uint32_t *words, const float *scales, const float *biases, bf16 *output, long rows,
+               long columns, long group) {
+    Unpacking p = {words, scales, biases, output, rows, columns, group};
+    run(unpack_rows, &p, (rows + ROWS_A_TASK - 1) / ROWS_A_TASK);
+}
+
 /* ---- an adapter beside a product -------------------------------------------------------------------- */
 
 #define RANKS_A_TASK 4

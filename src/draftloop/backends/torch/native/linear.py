@@ -114,6 +114,14 @@ def native_int4_linear(
     return NativeInt4Linear(library, blocks, group_size, columns, rows, bias)
 
 
+def native_unpack(library: ctypes.CDLL, part: AffineWeight, rows: torch.Tensor) -> None:
+    """Write the dense values of `part` into rows [N, in] bfloat16, rounded once."""
+    words, scales, biases = part.weight.contiguous(), part.scales.float(), part.biases.float()
+    group = rows.shape[1] // scales.shape[1]
+    pointers = (tensor.data_ptr() for tensor in (words, scales, biases, rows))
+    library.dl_unpack(*pointers, *rows.shape, group)
+
+
 def _by_lane(rows: torch.Tensor, num_blocks: int) -> torch.Tensor:
     """[N, C] -> [blocks, C, 16], rows that are not there are zero."""
     missing = num_blocks * BLOCK_ROWS - len(rows)
