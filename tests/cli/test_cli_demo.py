@@ -64,7 +64,7 @@ def test_the_whole_circle(demo, draftloop, toy_pair, monkeypatch):
     learnt = {tuple(request.prompt_tokens) for request in collected}
     assert not learnt & {tuple(request.prompt_tokens) for request, _ in held_out}
     ways = [(request.num_draft_tokens, adapter) for request, adapter in held_out]
-    assert ways == [(0, None), (3, None), (3, "a0001")] * HELD_OUT
+    assert ways == [(0, None), (4, None), (4, "a0001")] * HELD_OUT
 
     with opened(FOLDER) as store:
         pair = PairKey(*map(str, toy_pair(noise=0.1)))

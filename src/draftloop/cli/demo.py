@@ -42,14 +42,16 @@ DRAFT = "package:qwen2.5-coder-0.5b-instruct"
 """The pair of configs/offline.yaml: it comes from a package index and needs no Hub."""
 
 DEMO_SETTINGS = (
-    "speculative.num_draft_tokens=3",
+    "speculative.num_draft_tokens=4",
     "speculative.acceptance_threshold=0.9",
     "generation.max_tokens=96",
     "training.min_failure_cases=8",
     "training.lora.target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",
     "training.lora.rank=16",
     "training.lora.alpha=32",
-    "training.learning_rate=1e-3",
+    "training.learning_rate=5e-4",
+    "training.batch_size=4",
+    "training.gradient_accumulation_steps=1",
     "training.num_epochs=3",
     "training.warmup_steps=4",
     "training.max_sequence_length=512",
@@ -57,7 +59,7 @@ DEMO_SETTINGS = (
 )
 """What makes a lesson of a few minutes worth having. They stand below `--set`, and are said aloud."""
 
-REQUESTS = 36
+REQUESTS = 60
 HELD_OUT = 4
 """Prompts of the same kind that are neither collected nor trained on."""
 DOMAIN = "quartermaster"
