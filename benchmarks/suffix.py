@@ -2,8 +2,8 @@
 
 Each stored answer is gone through in order, as if the target were to write it once more: what the index would
 draft is kept as far as it is what was written. That is the acceptance of greedy answers; sampled ones may
-keep more or fewer. The index knows the earlier answers only. Prints tokens a round, how often it had a guess, how
-many of its tokens were right, how many it expected to be, and what a call took.
+keep more or fewer. The index knows the earlier answers only. Prints tokens a round, how often it had a guess,
+how many of its tokens were right, how many it expected to be, and what a call took.
 
     python benchmarks/suffix.py [--config FILE] [--set storage.directory=DIR] [--draft-tokens 3 7 16]
 """

@@ -221,8 +221,11 @@ class Engine:
             self._record(answer, completion.finish_reason.value)
             self._keep(conversation)
             yield completion
-        except (GeneratorExit, KeyboardInterrupt):
+        except (GeneratorExit, KeyboardInterrupt) as gone:
             self._record(answer, CANCELLED)
+            if isinstance(gone, GeneratorExit):
+                # It comes between two events, where the caches are whole; Ctrl-C comes anywhere.
+                self._keep(conversation)
             raise
         finally:
             self._count_answer()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draftloop.backends.base import PrefillJob
-from draftloop.engine import Completion, Engine, Request
+from draftloop.engine import Completion, Engine, PromptProgress, Request, RoundDone
 from draftloop.models.tokenizer import Tokenizer
 from draftloop.speculation.prefixes import PrefixCache
 from draftloop.speculation.stream import Conversation, common_prefix
@@ -48,8 +48,8 @@ def toys(
     return Toys(backend, load_pair(backend, noise=0.05), Tokenizer.load(toy_pair(noise=0.05)[0]))
 
 
-def ask(engine: Engine, prompt: list[int], temperature: float, conversation: Any = None) -> Completion:
-    request = Request(
+def request_for(prompt: list[int], temperature: float) -> Request:
+    return Request(
         prompt_tokens=prompt,
         sampling=Sampling(temperature=temperature),
         max_tokens=20,
@@ -57,7 +57,10 @@ def ask(engine: Engine, prompt: list[int], temperature: float, conversation: Any
         num_draft_tokens=3,
         seed=7,
     )
-    return engine.complete(request, conversation)
+
+
+def ask(engine: Engine, prompt: list[int], temperature: float, conversation: Any = None) -> Completion:
+    return engine.complete(request_for(prompt, temperature), conversation)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -94,6 +97,17 @@ def test_a_conversation_of_ones_own_takes_what_is_longer(toys: Toys) -> None:
     back = ask(engine, PROMPTS[0], 0.0, conversation)
     assert back.cached_tokens == len(PROMPTS[0]) - 1
     assert back.token_ids == ask(toys.engine(None), PROMPTS[0], 0.0).token_ids
+
+
+@pytest.mark.parametrize(("last", "kept"), [(PromptProgress, 0), (RoundDone, len(PROMPTS[0]) - 1)])
+def test_a_stopped_answer_leaves_what_was_read(toys: Toys, last: type, kept: int) -> None:
+    engine = toys.engine(ROOM)
+    events = engine.stream(request_for(PROMPTS[0], 0.0))
+    assert any(isinstance(event, last) for event in events)
+    events.close()
+    again = ask(engine, PROMPTS[0], 0.0)
+    assert again.cached_tokens == kept
+    assert again.token_ids == ask(toys.engine(None), PROMPTS[0], 0.0).token_ids
 
 
 def test_a_copy_is_of_its_own(backend: Backend, load_toy: Callable[..., Model]) -> None:
