@@ -107,6 +107,14 @@ class Classroom:
         return load_prepared(config, prepare(config), store)
 
 
+class Elsewhere(Classroom):
+    """The models of the current folder, and a store of its own below `folder`."""
+
+    def overrides(self, **changes: object) -> list[str]:
+        """See `Classroom`."""
+        return super().overrides(**{"storage__directory": self.data, **changes})
+
+
 def ask(engine: Engine, seeds: Iterable[int], *, domain: str = DOMAIN, temperature: float = 1.0) -> list[Any]:
     """One stored answer for each seed, which makes its prompt; the completions."""
     return [
