@@ -26,7 +26,7 @@ from draftloop.cli.asking import (
 from draftloop.cli.console import say, write_json
 from draftloop.cli.figures import shown
 from draftloop.cli.progress import Bars, counting, waiting
-from draftloop.cli.prompts import Prompt, by_task, read_prompts
+from draftloop.cli.prompts import Prompt, by_task, limited, read_prompts
 from draftloop.errors import InputError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def benchmark(
     peers = _peers_of(names := _named(modes, "--modes"), against)
     names = [*names, *(mode for mode in peers if mode not in names)]
     asked = replace(asked, with_draft=set(names) != {TARGET})
-    prompts = _limited(read_prompts(prompts_file), limit)
+    prompts = limited(read_prompts(prompts_file), limit)
     with open_store_for(asked) as store, ExitStack() as stack:
         asked = with_fixed_adapter(asked, store)
         prepared = prepare_models(asked)
@@ -205,17 +205,6 @@ def _peers_of(modes: Sequence[str], against: str | None) -> dict[str, Peer]:
     elif against is not None:
         added = [peers.peer_named(name) for name in _named(against, "--against")]
     return found | {mode: peer for peer in added for mode in peer.modes}
-
-
-def _limited(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
-    """The first `limit` prompts of each task, in the order of the file."""
-    taken: dict[str | None, int] = {}
-    kept = []
-    for prompt in prompts:
-        taken[prompt.task] = taken.get(prompt.task, 0) + 1
-        if limit is None or taken[prompt.task] <= limit:
-            kept.append(prompt)
-    return kept
 
 
 def _job(asked: AnswerOptions, prepared: Prepared, prompt: Prompt) -> Job:

@@ -14,7 +14,7 @@ from draftloop.cli.options import check_text
 from draftloop.errors import PromptError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 Outcome = TypeVar("Outcome")
@@ -86,6 +86,17 @@ def read_prompts(path: Path) -> list[Prompt]:
     if path.suffix.lower() in JSONL_SUFFIXES or _is_prompt_object(lines[0][1]):
         return [_parse(line, f"{path}:{number}") for number, line in lines]
     return [Prompt(line, f"{path}:{number}") for number, line in lines]
+
+
+def limited(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+    """The first `limit` prompts of each task, in the order of the file."""
+    taken: dict[str | None, int] = {}
+    kept = []
+    for prompt in prompts:
+        taken[prompt.task] = taken.get(prompt.task, 0) + 1
+        if limit is None or taken[prompt.task] <= limit:
+            kept.append(prompt)
+    return kept
 
 
 def by_task(prompts: Iterable[Prompt], outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
