@@ -81,7 +81,7 @@ def test_the_whole_circle(demo, draftloop, toy_pair, monkeypatch):
     rows = {line[:12].strip(): line[12:].split() for line in result.out.splitlines()}
     for way in demo_show.WAYS:
         assert rows[way][-3:] == [str(HELD_OUT), "of", str(HELD_OUT)]
-    assert "training.learning_rate = 0.001" in " ".join(result.out.split())
+    assert "training.learning_rate = 0.0005" in " ".join(result.out.split())
     assert "generation.max_tokens = 10" in " ".join(result.out.split())
     report = Path(re.search(r"The report, for a browser: (.*)", result.out)[1])
     assert report.parent == Path.cwd() / FOLDER / "reports"
