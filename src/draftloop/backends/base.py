@@ -197,7 +197,7 @@ class Capabilities:
     Attributes:
         backend: its name.
         version: of the library underneath.
-        device: where it runs, in words ("cpu, 2 threads", "NVIDIA H100 80GB HBM3").
+        device: where it runs, in words ("cpu, 2 threads, own AVX-512 kernels", "NVIDIA H100 80GB HBM3").
         dtypes: activation types it computes in.
         quantized_bits: weight widths that it multiplies without unpacking them.
         device_memory_bytes: memory of the accelerator; None where it shares the machine's.

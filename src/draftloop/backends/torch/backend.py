@@ -17,6 +17,7 @@ from draftloop.backends.torch.acceptance import draw, mask, to_device, verdict_o
 from draftloop.backends.torch.adapter import adapter_forms, deployed_layers
 from draftloop.backends.torch.decoder import Decoder, TorchCache
 from draftloop.backends.torch.memory import memory_errors
+from draftloop.backends.torch.native.library import load_library
 from draftloop.backends.torch.replay import row_alphas, rows_of
 from draftloop.backends.torch.training import TorchTrainer, open_trainer
 from draftloop.backends.torch.weights import WeightLoader
@@ -179,7 +180,7 @@ class TorchBackend:
     def capabilities(self) -> Capabilities:
         """See `Backend`."""
         on_gpu = self._device.type == "cuda"
-        name = torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name() if on_gpu else _processor()
         return Capabilities(
             backend="torch",
             version=torch.__version__,
@@ -222,3 +223,9 @@ class TorchBackend:
         if (on_cpu and dtype is torch.float16) or (not on_cpu and architecture.quantization is not None):
             return torch.bfloat16
         return dtype
+
+
+def _processor() -> str:
+    threads = torch.get_num_threads()
+    kernels = "PyTorch's kernels" if load_library(threads) is None else "own AVX-512 kernels"
+    return f"cpu, {threads} threads, {kernels}"
