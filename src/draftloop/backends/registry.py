@@ -32,6 +32,15 @@ def choose_backend() -> str:
     return "mlx" if is_apple_silicon() else "torch"
 
 
+def let_waiting_threads_sleep() -> None:
+    """Call it before PyTorch is imported: OpenMP reads this when PyTorch loads it.
+
+    Threads that wait by spinning use up their time slices and are then put aside for milliseconds, hundreds
+    of times a token: with one busy process beside them a token took ten times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def open_backend(name: str = "auto", device: str = "auto") -> Backend:
     """Open a backend.
 
@@ -53,10 +62,7 @@ def open_backend(name: str = "auto", device: str = "auto") -> Backend:
             remedy=f"Run `make setup`, or `pip install 'draftloop[{chosen}]'`.",
         )
     if chosen == "torch":
-        # Threads that wait by spinning use up their time slices and are then put aside for milliseconds,
-        # hundreds of times a token: with one busy process beside them a token took ten times as long.
-        # OpenMP reads this when PyTorch loads it.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        let_waiting_threads_sleep()
         from draftloop.backends.torch.backend import TorchBackend
 
         return TorchBackend(device)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Protocol
 
+from draftloop.backends.registry import let_waiting_threads_sleep
 from draftloop.benchmarking.contenders import Answer, answer_from_bursts
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def open_mlx_lm(setup: PeerSetup) -> Framework:
 
 def open_transformers(setup: PeerSetup) -> Framework:
     """Load it, in the child."""
+    let_waiting_threads_sleep()
     from draftloop.backends.torch.peer import AssistedGeneration
 
     generation = AssistedGeneration(
