@@ -43,6 +43,7 @@ SETTINGS: dict[str, object] = {
     "speculative.temperature": 1,
     "speculative.top_p": 1,
     "speculative.num_draft_tokens": 3,
+    "speculative.schedule": "fixed",
     "speculative.acceptance_threshold": 1,
     "training.learning_rate": 3e-2,
     "training.num_epochs": 6,

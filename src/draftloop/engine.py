@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from draftloop.models.tokenizer import Tokenizer
     from draftloop.speculation.prefixes import PrefixCache
     from draftloop.speculation.round import Round
+    from draftloop.speculation.schedule import Pace, Schedule
     from draftloop.types import Trace
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Request:
         sampling: temperature and the rest; for p and q alike.
         max_tokens: the answer's longest length, EOS included; at least 1.
         min_tokens: its shortest, EOS included; 1 means no minimum.
-        num_draft_tokens: K; 0 asks the target alone.
+        num_draft_tokens: K, the most that the draft proposes in a round; 0 asks the target alone.
         stop: the answer ends before any of these strings.
         seed: fixes every random choice; None draws one, which the completion reports.
         trace: whether the completion carries the target's top tokens of each round.
@@ -141,6 +142,7 @@ class Engine:
         recorder: keeps the requests that say where they come from.
         active_adapter: tells which adapter the draft shall wear; looked at before each request.
         prefixes: what is kept of past texts, for those that begin alike; None keeps nothing.
+        schedule: chooses K round by round; without one each round drafts as many as the request says.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class Engine:
         recorder: Recorder | None = None,
         active_adapter: ActiveAdapter | None = None,
         prefixes: PrefixCache | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         self.backend = backend
         self.pair = pair
@@ -161,6 +164,7 @@ class Engine:
         self._recorder = recorder
         self._active_adapter = active_adapter
         self._prefixes = prefixes
+        self._schedule = schedule
         self._cache_clear_frequency = cache_clear_frequency
         self._answers = 0
 
@@ -187,6 +191,8 @@ class Engine:
         lora, form = (None, AdapterForm.UNFUSED) if deployed is None else (deployed.lora, deployed.form)
         self.pair.draft.set_adapter(lora, form)
         self.adapter = None if deployed is None else deployed.name
+        if self._schedule is not None:
+            self._schedule.draft_changed()
         logger.debug("the draft wears %s (%s)", self.adapter or "no adapter", form)
 
     def stream(self, request: Request, conversation: Conversation | None = None) -> Iterator[Event]:
@@ -214,9 +220,10 @@ class Engine:
             conversation.forget_draft(self.adapter)
         settings = self._decode_settings(request)
         answer = _Answer(request, settings, self.adapter, TextStream(self.tokenizer, request.stop))
+        stream = Stream(conversation, settings, self._pace(request))
         try:
-            yield from self._read(answer, conversation)
-            yield from self._rounds(answer, conversation)
+            yield from self._read(answer, stream)
+            yield from self._rounds(answer, stream)
             completion = answer.completion()
             self._record(answer, completion.finish_reason.value)
             self._keep(conversation)
@@ -230,20 +237,32 @@ class Engine:
         finally:
             self._count_answer()
 
-    def _read(self, answer: _Answer, conversation: Conversation) -> Iterator[Event]:
-        started_s, total, cached = time.perf_counter(), len(answer.request.prompt_tokens), None
+    def _pace(self, request: Request) -> Pace | None:
+        """None where K is constant. What is sampled from a given seed shall come out the same again."""
+        if self._schedule is None or self.pair.draft is None or not request.num_draft_tokens:
+            return None
+        repeatable = request.seed is not None and not request.sampling.greedy
+        return self._schedule.open(request.num_draft_tokens, repeatable=repeatable)
+
+    def _read(self, answer: _Answer, stream: Stream) -> Iterator[Event]:
+        prompt = answer.request.prompt_tokens
+        started_s, total, cached = time.perf_counter(), len(prompt), None
+
+        def draft_reads(backlog_tokens: int) -> bool:
+            return stream.pace.reads_along(backlog_tokens, answer.settings.max_tokens)
+
         if self._prefixes is not None:
-            check_fits(total, conversation.max_tokens)
-            self._prefixes.resume(conversation, answer.request.prompt_tokens)
-        for done in read_prompt(self.pair, conversation, answer.request.prompt_tokens):
+            check_fits(total, stream.conversation.max_tokens)
+            self._prefixes.resume(stream.conversation, prompt)
+        for done in read_prompt(self.pair, stream.conversation, prompt, draft_reads):
             cached = done if cached is None else cached
             yield PromptProgress(done, total)
         answer.cached_tokens = cached or 0
         answer.prompt_s = time.perf_counter() - started_s
 
-    def _rounds(self, answer: _Answer, conversation: Conversation) -> Iterator[Event]:
+    def _rounds(self, answer: _Answer, stream: Stream) -> Iterator[Event]:
         resumed_s = time.perf_counter()
-        for outcome in decode(self.pair, Stream(conversation, answer.settings)):
+        for outcome in decode(self.pair, stream):
             pieces = list(answer.take(outcome))
             # What the reader of the events does with them is not the models' time.
             answer.decode_s += time.perf_counter() - resumed_s

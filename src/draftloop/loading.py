@@ -8,6 +8,7 @@ line.
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import time
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ from draftloop.models.folder import heads_digest
 from draftloop.models.memory import MEGABYTE, MemoryPlan, plan_memory
 from draftloop.models.resolve import resolve
 from draftloop.models.tokenizer import Tokenizer, check_tokenizers_agree
+from draftloop.speculation.calibration import calibrated_costs
 from draftloop.speculation.prefixes import PrefixCache
+from draftloop.speculation.schedule import Schedule
 from draftloop.speculation.stream import Pair
 from draftloop.storage.records import PairKey
 from draftloop.storage.store import open_store
@@ -148,18 +151,19 @@ def load_prepared(
             prepared.draft_folder, max_kv_cache_tokens=config.models.draft.max_kv_cache_tokens
         )
     logger.debug("models loaded in %.1f s", time.perf_counter() - started_s)
-    pair, directory = pair_of(config), Path(config.storage.directory)
+    models, pair, directory = Pair(target, draft), pair_of(config), Path(config.storage.directory)
     recorder = None
     if store is not None and config.storage.collect:
         recorder = Recorder(store, pair, config.adaptation.revert_after_requests)
     engine = Engine(
         backend,
-        Pair(target, draft),
+        models,
         prepared.tokenizer,
         cache_clear_frequency=config.memory.cache_clear_frequency,
         recorder=recorder,
         active_adapter=ActiveAdapter(store, directory, pair) if store and adapter == ACTIVE else None,
         prefixes=PrefixCache(MEGABYTE * config.memory.prefix_cache_megabytes),
+        schedule=_schedule(config, prepared, models),
     )
     if store is not None and adapter not in (ACTIVE, NONE):
         engine.wear(load_deployed(store, directory, adapter))
@@ -204,6 +208,22 @@ def open_school(config: Config, prepared: PreparedDraft, store: Store) -> School
             "draft_sha256": heads_digest(prepared.folder),
         },
     )
+
+
+def _schedule(config: Config, prepared: Prepared, models: Pair) -> Schedule | None:
+    """What chooses K, calibrated with the bare draft; None where K is constant."""
+    if prepared.draft_folder is None or config.speculative.schedule == "fixed":
+        return None
+    capabilities = prepared.backend.capabilities()
+    facts = {
+        "machine": f"{platform.node()} {platform.machine()} {os.cpu_count()}",
+        "backend": f"{capabilities.backend} {capabilities.version}",
+        "draftloop": version("draftloop"),
+        "device": capabilities.device,
+        "target": heads_digest(prepared.target_folder),
+        "draft": heads_digest(prepared.draft_folder),
+    }
+    return Schedule(calibrated_costs(models, config.speculative.num_draft_tokens, facts))
 
 
 def _checked(role: str, folder: Path, max_kv_cache_tokens: int) -> tuple[Architecture, Tokenizer]:

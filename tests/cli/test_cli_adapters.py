@@ -122,7 +122,7 @@ def recipe_of(classroom):
         gate=(),
         gate_domains=(),
         parent=None,
-        round_s=None,
+        timed_round=None,
         facts={"backend": "torch", "device": "cpu"},
     )
 

@@ -483,3 +483,17 @@ def test_training_that_cannot_start_does_not_fail_the_answer(generate, tmp_path,
     result = generate("--prompts", two_prompts(tmp_path), options=options)
     assert result.exit_status == 0
     assert "note: no training was started: no process could be started" in result.err
+
+
+def test_the_adaptive_schedule_answers_as_the_target_and_remembers_its_costs(generate, tmp_path):
+    """Greedy text is the target's at any schedule; the costs are measured once and kept beside the models."""
+    adaptive = settings(**{"speculative.schedule": "adaptive"})
+    alone = generate("hello", "--json", *GREEDY, "--no-speculation").json
+    found = generate("hello", "--json", *GREEDY, options=adaptive).json
+    assert found["token_ids"] == alone["token_ids"]
+    (file,) = (tmp_path / "cache" / "calibration").glob("*.json")
+    written = file.read_bytes()
+    first = generate("hello", "--json", options=adaptive).json
+    again = generate("hello", "--json", "--seed", first["seed"], options=adaptive).json
+    assert again["token_ids"] == first["token_ids"]
+    assert file.read_bytes() == written

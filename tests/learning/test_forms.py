@@ -17,6 +17,7 @@ from draftloop.learning.forms import (
     interleaved_draft_seconds,
 )
 from draftloop.learning.judging import HeldOut, judge_candidate
+from draftloop.learning.replayed import TimedRound
 from draftloop.types import Rules, Sampling
 
 ADAPTER = Lora(LoraSpec(2, 4.0, ("q_proj",)), {})
@@ -98,10 +99,13 @@ def alphas(unfused=0.8, fused16=0.8, fused4=0.8, bare=0.5, old=0.6):
     }
 
 
-def choose(draft, round_s=0.1, incumbent=Outfit(), count=12, compared=lambda share: None):  # noqa: B008
+TIMED = TimedRound(0.1, 4.0)
+
+
+def choose(draft, timed_round=TIMED, incumbent=Outfit(), count=12, compared=lambda share: None):  # noqa: B008
     examples = [example(number) for number in range(count)]
     return choose_form(
-        draft, ADAPTER, incumbent, examples, num_draft_tokens=4, round_s=round_s, compared=compared
+        draft, ADAPTER, incumbent, examples, num_draft_tokens=4, timed_round=timed_round, compared=compared
     )
 
 
@@ -170,10 +174,14 @@ def test_a_form_that_drafts_no_faster_is_not_replayed(costs):
 
 def test_verification_is_what_the_drafts_leave_of_a_round(costs):
     costs(0.01, 0.02, 0.01, 0.01, 0.01)
-    assert choose(FakeDraft(alphas()), round_s=0.1).verify_s == pytest.approx(0.1 - 4 * 0.02)
+    assert choose(FakeDraft(alphas()), timed_round=TimedRound(0.1, 4.0)).verify_s == pytest.approx(
+        0.1 - 4 * 0.02
+    )
+    # Where the schedule drafted less than the cap, less of the round was the drafts'.
+    assert choose(FakeDraft(alphas()), timed_round=TimedRound(0.1, 1.5)).verify_s == pytest.approx(0.07)
     # A round that was timed on a quiet machine, against drafts timed on a busy one.
-    assert choose(FakeDraft(alphas()), round_s=0.03).verify_s == pytest.approx(0.02)
-    assert choose(FakeDraft(alphas()), round_s=None).verify_s == pytest.approx(VERIFY_DRAFTS * 0.02)
+    assert choose(FakeDraft(alphas()), timed_round=TimedRound(0.03, 4.0)).verify_s == pytest.approx(0.02)
+    assert choose(FakeDraft(alphas()), timed_round=None).verify_s == pytest.approx(VERIFY_DRAFTS * 0.02)
 
 
 def test_times_are_taken_in_turn_and_the_cache_is_left_as_it_was():
@@ -201,7 +209,7 @@ def judged(draft, costs_given, incumbent=Outfit(), requests=12):  # noqa: B008
         compared=[example(number) for number in range(6)],
         held_out=[HeldOut(number, "a", example(number)) for number in range(requests)],
         num_draft_tokens=4,
-        round_s=0.1,
+        timed_round=TimedRound(0.1, 4.0),
         seed=0,
         replayed=shares.append,
     )

@@ -79,8 +79,9 @@ def read_options(
     no_speculation: bool,
     no_collect: bool = False,
     adapter: str | None = None,
+    defaults: Sequence[str] = (),
 ) -> AnswerOptions:
-    """Check the flags and read the settings under them.
+    """Check the flags and read the settings under them; `defaults` as in `options.load_settings`.
 
     Raises:
         InputError: a flag is wrong, or contradicts another one.
@@ -98,7 +99,7 @@ def read_options(
     for text, name in ((system, "--system"), (adapter, "--adapter")):
         options.check_text(text or "", name)
     forced = ["storage.collect=false"] if no_collect else []
-    config = options.load_settings(context, forced=forced).config
+    config = options.load_settings(context, defaults=defaults, forced=forced).config
     return AnswerOptions(
         config=config,
         system=(config.chat.system_message or "") if system is None else system,

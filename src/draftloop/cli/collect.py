@@ -82,7 +82,14 @@ def collect(
 ) -> None:
     """Answer a file of prompts and store the answers to learn from."""
     asked = read_options(
-        context, system=system, stop=stop, seed=seed, no_speculation=no_speculation, adapter=adapter
+        context,
+        system=system,
+        stop=stop,
+        seed=seed,
+        no_speculation=no_speculation,
+        adapter=adapter,
+        # What is collected is to learn from: every answer shall show what the draft can do.
+        defaults=["speculative.schedule=fixed"],
     )
     if not asked.config.storage.collect:
         raise ConfigError(

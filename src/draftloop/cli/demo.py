@@ -43,6 +43,7 @@ DRAFT = "package:qwen2.5-coder-0.5b-instruct"
 
 DEMO_SETTINGS = (
     "speculative.num_draft_tokens=4",
+    "speculative.schedule=fixed",
     "speculative.acceptance_threshold=0.9",
     "generation.max_tokens=96",
     "training.min_failure_cases=8",

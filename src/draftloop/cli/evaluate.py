@@ -60,6 +60,8 @@ def evaluate(
         no_speculation=no_speculation,
         no_collect=True,
         adapter=adapter,
+        # Tau and acceptance compare drafts at one K only.
+        defaults=["speculative.schedule=fixed"],
     )
     prompts = read_prompts(prompts_file)
     with open_store_for(asked) as store:

@@ -96,6 +96,7 @@ class SpeculativeSettings(Settings):
     """The round, and how logits become a distribution."""
 
     num_draft_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)] = 4
+    schedule: Literal["adaptive", "fixed"] = "adaptive"
     temperature: Annotated[float, Field(ge=0), AfterValidator(_temperature)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     top_k: CountOrNone = 0

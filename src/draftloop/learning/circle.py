@@ -212,7 +212,7 @@ def _new_run(school: School, selection: Selection) -> RunRecord:
         gate=selection.gate,
         gate_domains=tuple(selection.domains[one] for one in selection.gate),
         parent=None if active is None else active.name,
-        round_s=selection.round_s,
+        timed_round=selection.timed_round,
         facts=school.facts,
     )
     run_id = school.store.runs.start(school.pair, recipe.parent, recipe.to_json())

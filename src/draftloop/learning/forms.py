@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from draftloop.backends.base import Model
     from draftloop.backends.lora import Lora
     from draftloop.backends.training import Example
+    from draftloop.learning.replayed import TimedRound
 
 TIMED_PROPOSALS = 5
 INTERLEAVED_PASSES = 2
@@ -131,7 +132,7 @@ def choose_form(
     examples: Sequence[Example],
     *,
     num_draft_tokens: int,
-    round_s: float | None,
+    timed_round: TimedRound | None,
     compared: Callable[[float], None],
 ) -> FormChoice:
     """Measure every form that the backend has, in turn with the incumbent and the bare draft.
@@ -145,14 +146,14 @@ def choose_form(
         incumbent: what is served now.
         examples: replayed in each form.
         num_draft_tokens: K.
-        round_s: what a round costs with the incumbent; its verification is what the drafts leave of it.
+        timed_round: what a round with the incumbent took; its verification is what the drafts leave of it.
             None where no round was ever timed.
         compared: is called with the share of an example that has been replayed.
     """
     outfits = [Outfit(), incumbent, *(Outfit(lora, form) for form in draft.adapter_forms)]
     timings = interleaved_draft_seconds(draft, outfits, num_draft_tokens)
     bare_s, incumbent_s, *seconds = map(statistics.median, timings)
-    verify_s = _verify_seconds(round_s, incumbent_s, num_draft_tokens)
+    verify_s = _verify_seconds(timed_round, incumbent_s)
     figures: dict[AdapterForm, FormFigures] = {}
     best = AdapterForm.UNFUSED
     taken: _Measured | None = None
@@ -190,11 +191,11 @@ def _median_error(seconds: Sequence[float]) -> float:
     return math.sqrt(math.pi / 2 / len(seconds)) * spread_s
 
 
-def _verify_seconds(round_s: float | None, draft_s: float, num_draft_tokens: int) -> float:
+def _verify_seconds(timed_round: TimedRound | None, draft_s: float) -> float:
     """A round's cost without its drafts; never less than one drafted token's, since the target is larger."""
-    if round_s is None:
+    if timed_round is None:
         return VERIFY_DRAFTS * draft_s
-    return max(round_s - num_draft_tokens * draft_s, draft_s)
+    return max(timed_round.seconds - timed_round.drafted_tokens * draft_s, draft_s)
 
 
 def interleaved_draft_seconds(

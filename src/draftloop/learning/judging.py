@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from draftloop.backends.lora import AdapterForm, Lora
     from draftloop.backends.training import Example
     from draftloop.learning.forms import FormFigures
+    from draftloop.learning.replayed import TimedRound
 
     Rows = NDArray[np.float32]
 
@@ -68,7 +69,7 @@ def judge_candidate(
     compared: Sequence[Example],
     held_out: Sequence[HeldOut],
     num_draft_tokens: int,
-    round_s: float | None,
+    timed_round: TimedRound | None,
     seed: int,
     replayed: Callable[[float], None],
 ) -> Judgement:
@@ -82,7 +83,7 @@ def judge_candidate(
             they may be examples that it was trained on.
         held_out: requests that the verdict is found by.
         num_draft_tokens: K.
-        round_s: measured seconds of a round with the incumbent; None where none was.
+        timed_round: what a round with the incumbent took; None where none was.
         seed: of the bootstrap.
         replayed: is called with the share of an example or held-out request that has been replayed.
     """
@@ -92,7 +93,7 @@ def judge_candidate(
         incumbent,
         compared,
         num_draft_tokens=num_draft_tokens,
-        round_s=round_s,
+        timed_round=timed_round,
         compared=replayed,
     )
     candidate_cost, incumbent_cost, bare_cost = (

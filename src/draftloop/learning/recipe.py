@@ -6,13 +6,14 @@ ends as it would have ended. Must not know a backend or the store.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from draftloop.config.schema import TrainingSettings
 from draftloop.errors import StorageError
+from draftloop.learning.replayed import TimedRound
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +33,7 @@ class Recipe:
         failures, replay, validation, gate: request ids.
         gate_domains: of the gate's requests, in their order.
         parent: the adapter it goes on from.
-        round_s: seconds of a round with the incumbent, None where no request with drafts was stored.
+        timed_round: what a round with the incumbent took, None where no request with drafts was stored.
         facts: digests of the draft, versions, device: not read back.
     """
 
@@ -46,7 +47,7 @@ class Recipe:
     gate: tuple[int, ...]
     gate_domains: tuple[str, ...]
     parent: str | None
-    round_s: float | None
+    timed_round: TimedRound | None
     facts: Mapping[str, Any]
 
     @property
@@ -62,7 +63,8 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
         values = {name: getattr(self, name) for name in self.__slots__}
-        return {**values, "settings": self.settings.model_dump(mode="json"), "facts": dict(self.facts)}
+        plain = {"settings": self.settings.model_dump(mode="json"), "facts": dict(self.facts)}
+        return {**values, **plain, "timed_round": self.timed_round and asdict(self.timed_round)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Recipe:
@@ -74,7 +76,8 @@ class Recipe:
         try:
             ids = {name: tuple(values[name]) for name in _LISTS}
             settings = TrainingSettings.model_validate(values["settings"])
-            return cls(**{**values, **ids, "settings": settings})
+            timed = values["timed_round"] and TimedRound(**values["timed_round"])
+            return cls(**{**values, **ids, "settings": settings, "timed_round": timed})
         except (KeyError, TypeError, ValidationError) as error:
             raise StorageError(
                 f"the run's recipe cannot be read: {error}", remedy="Train without --resume."

@@ -48,6 +48,19 @@ class ReplayedRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class TimedRound:
+    """A mean round as it was served.
+
+    Attributes:
+        seconds: of the round.
+        drafted_tokens: in it; no whole number where K varied.
+    """
+
+    seconds: float
+    drafted_tokens: float
+
+
+@dataclass(frozen=True, slots=True)
 class RoundCost:
     """What a round costs with one draft, measured on this machine.
 

@@ -241,7 +241,7 @@ class Run:
             compared=compared,
             held_out=held_out,
             num_draft_tokens=recipe.num_draft_tokens,
-            round_s=recipe.round_s,
+            timed_round=recipe.timed_round,
             seed=recipe.settings.seed,
             replayed=replayed,
         )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ import numpy as np
 from draftloop.errors import StorageError
 from draftloop.learning.examples import example_of
 from draftloop.learning.failures import split, threshold_of
+from draftloop.learning.replayed import TimedRound
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -47,7 +47,7 @@ class Selection:
         needed: `training.min_failure_cases`.
         new_failures: of the failures, those that the last finished run has not seen.
         domains: of every request, by id.
-        round_s: median seconds of a round with drafts, None where none was stored.
+        timed_round: what a round of recent requests took, None where none with drafts was stored.
         too_long: requests that none of the above names, because their prompts leave no room for an answer
             in `training.max_sequence_length`.
     """
@@ -60,7 +60,7 @@ class Selection:
     needed: int
     new_failures: int
     domains: dict[int, str]
-    round_s: float | None
+    timed_round: TimedRound | None
     too_long: int = 0
 
     @property
@@ -92,7 +92,7 @@ def select(store: Store, pair: PairKey, config: Config) -> Selection:
         needed=config.training.min_failure_cases,
         new_failures=sum(one.id > last_seen for one in parts.failures),
         domains={one.id: one.domain for one in summaries},
-        round_s=_round_seconds(drafted, config.speculative.num_draft_tokens),
+        timed_round=_timed_round(drafted, config.speculative.num_draft_tokens),
         too_long=len(summaries) - len(usable),
     )
 
@@ -135,7 +135,15 @@ def _ids(summaries: Iterable[RequestSummary]) -> tuple[int, ...]:
     return tuple(one.id for one in summaries)
 
 
-def _round_seconds(drafted: Sequence[RequestSummary], num_draft_tokens: int) -> float | None:
-    """Median seconds of a round with K drafts, of the newest requests."""
-    rounds = [one.decode_s / one.rounds for one in drafted if one.num_draft_tokens == num_draft_tokens]
-    return statistics.median(rounds[-RECENT_ROUNDS:]) if rounds else None
+def _timed_round(drafted: Sequence[RequestSummary], num_draft_tokens: int) -> TimedRound | None:
+    """The mean round of the median request, of the newest ones with that cap.
+
+    K may have varied from round to round, so its drafts are counted, not taken to be the cap.
+    """
+    rounds = [
+        TimedRound(one.decode_s / one.rounds, one.drafted_tokens / one.rounds)
+        for one in drafted
+        if one.num_draft_tokens == num_draft_tokens
+    ]
+    recent = sorted(rounds[-RECENT_ROUNDS:], key=lambda one: one.seconds)
+    return recent[len(recent) // 2] if recent else None

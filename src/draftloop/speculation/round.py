@@ -8,15 +8,19 @@ Source: Leviathan et al. 2023, Algorithm 1.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from draftloop.backends.base import NO_PROPOSAL, Proposal, ProposeJob, VerifyJob
+from draftloop.backends.base import VerifyJob
+from draftloop.speculation.drafters import ModelDrafter, propose
+from draftloop.speculation.schedule import Timed
 from draftloop.types import FinishReason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from draftloop.speculation.drafters import Drafted
     from draftloop.speculation.stream import Pair, Stream
     from draftloop.types import TokenKind, Trace, Verdict
 
@@ -61,28 +65,27 @@ class Round:
         )
 
 
-def draft_budget(stream: Stream) -> int:
-    """How many tokens this round may propose: never more than the answer or a cache has room for."""
-    budget = min(stream.settings.num_draft_tokens, stream.remaining_tokens - 1)
-    draft_cache = stream.conversation.draft_cache
-    if draft_cache is None:
-        return 0
-    # The draft reads everything up to its own last guess but one.
-    room = draft_cache.max_tokens - len(stream.conversation.tokens) + 1
-    return max(0, min(budget, room))
+def run_round(
+    pair: Pair, streams: Sequence[Stream], clock: Callable[[], float] = time.perf_counter
+) -> list[Round]:
+    """Run one round for each stream, and tell its pace. Each must have `remaining_tokens` >= 1.
 
-
-def run_round(pair: Pair, streams: Sequence[Stream]) -> list[Round]:
-    """Run one round for each stream. Each must have `remaining_tokens` >= 1."""
-    proposals = _propose(pair, streams)
+    Args:
+        pair: the models.
+        streams: the batch.
+        clock: seconds; what a round took is told where it was one stream's alone.
+    """
+    started_s = clock()
+    drafters = () if pair.draft is None else (ModelDrafter(pair.draft),)
+    drafted = propose(drafters, streams)
     jobs = []
-    for stream, proposal in zip(streams, proposals, strict=True):
-        start, k = stream.emitted_tokens, proposal.num_tokens
+    for stream, one in zip(streams, drafted, strict=True):
+        start, k = stream.emitted_tokens, one.proposal.num_tokens
         jobs.append(
             VerifyJob(
                 cache=stream.conversation.target_cache,
                 last=stream.conversation.tokens[-1],
-                proposal=proposal,
+                proposal=one.proposal,
                 rules=stream.rules,
                 accept_uniforms=stream.uniforms.accept(start, k),
                 extra_uniforms=stream.uniforms.extra(start, k + 1),
@@ -90,37 +93,31 @@ def run_round(pair: Pair, streams: Sequence[Stream]) -> list[Round]:
             )
         )
     verdicts = pair.target.verify(jobs)
-    return [_settle(stream, verdict) for stream, verdict in zip(streams, verdicts, strict=True)]
+    outcomes = [_settle(stream, verdict) for stream, verdict in zip(streams, verdicts, strict=True)]
+    seconds = clock() - started_s if len(streams) == 1 else None
+    for stream, one, outcome in zip(streams, drafted, outcomes, strict=True):
+        stream.pace.observe(_timed(one, outcome, seconds))
+    return outcomes
 
 
-def decode(pair: Pair, stream: Stream) -> Iterator[Round]:
+def decode(pair: Pair, stream: Stream, clock: Callable[[], float] = time.perf_counter) -> Iterator[Round]:
     """Run rounds until the answer ends. The conversation must hold the prompt (`read_prompt`)."""
     finished = stream.remaining_tokens < 1
     while not finished:
-        outcome = run_round(pair, [stream])[0]
+        outcome = run_round(pair, [stream], clock)[0]
         finished = outcome.finish_reason is not None
         yield outcome
 
 
-def _propose(pair: Pair, streams: Sequence[Stream]) -> list[Proposal]:
-    proposals = [NO_PROPOSAL] * len(streams)
-    if pair.draft is None:
-        return proposals
-    jobs: dict[int, ProposeJob] = {}
-    for index, stream in enumerate(streams):
-        conversation, k = stream.conversation, draft_budget(stream)
-        if k > 0 and conversation.draft_cache is not None:
-            jobs[index] = ProposeJob(
-                cache=conversation.draft_cache,
-                unread=conversation.tokens[conversation.draft_cache.position :],
-                num_draft_tokens=k,
-                rules=stream.rules,
-                uniforms=stream.uniforms.draft(stream.emitted_tokens, k),
-            )
-    if jobs:
-        for index, proposal in zip(jobs, pair.draft.propose(list(jobs.values())), strict=True):
-            proposals[index] = proposal
-    return proposals
+def _timed(drafted: Drafted, outcome: Round, seconds: float | None) -> Timed:
+    k, offer = drafted.proposal.num_tokens, drafted.offer
+    return Timed(
+        num_draft_tokens=k,
+        by_model=k > 0 and offer is not None and offer.by_model,
+        backlog_tokens=offer.backlog_tokens if k and offer else 0,
+        alphas=outcome.alphas,
+        seconds=seconds,
+    )
 
 
 def _settle(stream: Stream, verdict: Verdict) -> Round:

@@ -13,15 +13,17 @@ import numpy as np
 
 from draftloop.backends.base import PrefillJob
 from draftloop.errors import ContextFull
+from draftloop.speculation.schedule import FixedPace
 from draftloop.speculation.uniforms import Uniforms
 from draftloop.types import Rules, Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from draftloop.backends.base import Cache, Model
+    from draftloop.speculation.schedule import Pace
 
     Tokens = Sequence[int] | NDArray[np.int32]
 
@@ -46,7 +48,7 @@ class DecodeSettings:
         max_tokens: at most so many are emitted, EOS included.
         min_tokens: an answer has at least so many, EOS included; 1 means no minimum.
         eos_token_ids: any of them ends the answer.
-        num_draft_tokens: K, the cap of each round; 0 asks the target alone.
+        num_draft_tokens: the most tokens that the draft model proposes in a round; 0 asks the target alone.
         seed: fixes every random choice.
         trace: whether each round carries the target's top tokens.
     """
@@ -89,9 +91,18 @@ class Conversation:
 
 
 class Stream:
-    """One answer being decoded in a conversation."""
+    """One answer being decoded in a conversation.
 
-    def __init__(self, conversation: Conversation, settings: DecodeSettings) -> None:
+    Args:
+        conversation: its caches hold the prompt.
+        settings: how it is decoded.
+        pace: how many tokens each round drafts; None is `num_draft_tokens` in every round.
+    """
+
+    def __init__(
+        self, conversation: Conversation, settings: DecodeSettings, pace: Pace | None = None
+    ) -> None:
+        self.pace = pace or FixedPace(settings.num_draft_tokens)
         self.conversation = conversation
         self.settings = settings
         self.uniforms = Uniforms(settings.seed)
@@ -128,11 +139,20 @@ def check_fits(prompt_tokens: int, max_tokens: int) -> None:
         )
 
 
-def read_prompt(pair: Pair, conversation: Conversation, prompt: Sequence[int]) -> Iterator[int]:
+def read_prompt(
+    pair: Pair, conversation: Conversation, prompt: Sequence[int], wanted: Callable[[int], bool] | None = None
+) -> Iterator[int]:
     """Bring both caches to `prompt`, reusing the beginning they already hold.
 
     The target reads all but the last token. The draft reads along as far as its own cap allows; where
     it cannot follow, the target goes on alone.
+
+    Args:
+        pair: the models.
+        conversation: theirs.
+        prompt: the whole text.
+        wanted: told how many tokens the draft lacks; where it says no, the draft reads nothing now, and
+            catches up when it is asked. None: the draft reads along.
 
     Yields:
         How many of the prompt's tokens the target's cache holds, after each piece.
@@ -145,8 +165,10 @@ def read_prompt(pair: Pair, conversation: Conversation, prompt: Sequence[int]) -
     conversation.settle(min(shared + 1, len(prompt), len(conversation.tokens)))
     conversation.tokens = list(prompt)
     models = [(pair.target, conversation.target_cache)]
-    if pair.draft is not None and conversation.draft_cache is not None:
-        models.append((pair.draft, conversation.draft_cache))
+    draft_cache = conversation.draft_cache
+    reads = draft_cache is not None and (wanted is None or wanted(len(prompt) - draft_cache.position))
+    if pair.draft is not None and draft_cache is not None and reads:
+        models.append((pair.draft, draft_cache))
     end = len(prompt) - 1
     yield conversation.target_cache.position
     for start in range(min(cache.position for _, cache in models), end, PREFILL_CHUNK_TOKENS):

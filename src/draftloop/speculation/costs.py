@@ -1,0 +1,112 @@
+"""What a round costs: as calibrated, and as it turns out while serving.
+
+Contract: seconds in, seconds out; deterministic. Must not know models, clocks or who drafts why.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_COMMON_STEP, _OWN_STEP = 0.25, 0.25
+"""How much of a surprise is put down to the machine's mood, and how much to the width itself."""
+_LARGEST_SURPRISE = 0.5
+"""In log seconds: a stall says no more than a round that took 1.65 times as long."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundCosts:
+    """Measured seconds.
+
+    Attributes:
+        verify_s: (width, seconds) of the target's step over so many tokens, by growing width; the first
+            width is 1. Between two the cost is interpolated, beyond the last it goes on with the mean slope.
+        draft_s: of each drafted token.
+        draft_round_s: what asking the draft costs beside that, once a round.
+        read_s: of each token that the draft reads to catch up.
+    """
+
+    verify_s: tuple[tuple[int, float], ...]
+    draft_s: float
+    draft_round_s: float
+    read_s: float
+
+    def verify_at(self, width: int) -> float:
+        """Seconds of the target's step over `width` tokens."""
+        points = self.verify_s
+        index = bisect_left(points, width, key=lambda point: point[0])
+        if index < len(points):
+            right, right_s = points[index]
+            if right == width:
+                return right_s
+            left, left_s = points[index - 1]
+            return left_s + (right_s - left_s) * (width - left) / (right - left)
+        (first, first_s), (last, last_s) = points[0], points[-1]
+        # One width tells no slope: then rows are taken to cost as much as the first.
+        slope = max(0.0, (last_s - first_s) / (last - first)) if last > first else first_s
+        return last_s + slope * (width - last)
+
+    def round_s(self, num_draft_tokens: int, *, by_model: bool = True) -> float:
+        """Seconds of a round that drafts K tokens; a drafter that is no model drafts for nothing."""
+        draft_s = self.draft_round_s + num_draft_tokens * self.draft_s if by_model and num_draft_tokens else 0
+        return draft_s + self.verify_at(num_draft_tokens + 1)
+
+
+class Prices(Protocol):
+    """Whoever tells what a round costs."""
+
+    def round_s(self, num_draft_tokens: int, *, by_model: bool = True) -> float:
+        """Seconds of a round that drafts K tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CorrectedCosts:
+    """Calibrated costs, and what they got wrong by (K, whether a model drafts), in log seconds."""
+
+    calibrated: RoundCosts
+    corrections: Mapping[tuple[int, bool], float] = field(default_factory=dict)
+
+    def round_s(self, num_draft_tokens: int, *, by_model: bool = True) -> float:
+        """See `Prices`."""
+        correction = self.corrections.get(_kind(num_draft_tokens, by_model=by_model), 0.0)
+        return self.calibrated.round_s(num_draft_tokens, by_model=by_model) * math.exp(correction)
+
+
+class LiveCosts:
+    """The calibrated costs, refined by what rounds took.
+
+    A round's time over the calibrated one is split into a factor that all rounds share (the machine is busy,
+    the context is long) and one of its own K. The first follows the moment and changes no choice; the second
+    is what the calibration got wrong. Surprises are cut, so that one stall does little.
+    """
+
+    def __init__(self, calibrated: RoundCosts) -> None:
+        self.calibrated = calibrated
+        self._common = 0.0
+        self._corrections: dict[tuple[int, bool], float] = {}
+
+    def now(self) -> CorrectedCosts:
+        """As they are known now; later rounds do not change them."""
+        return CorrectedCosts(self.calibrated, dict(self._corrections))
+
+    def observe(self, num_draft_tokens: int, seconds: float, *, by_model: bool = True) -> None:
+        """Learn from a round that read no backlog."""
+        if seconds <= 0:
+            return
+        kind = _kind(num_draft_tokens, by_model=by_model)
+        calibrated_s = self.calibrated.round_s(num_draft_tokens, by_model=by_model)
+        correction = self._corrections.get(kind, 0.0)
+        surprise = math.log(seconds / calibrated_s) - correction - self._common
+        surprise = max(-_LARGEST_SURPRISE, min(_LARGEST_SURPRISE, surprise))
+        self._common += _COMMON_STEP * surprise
+        self._corrections[kind] = correction + _OWN_STEP * surprise
+
+
+def _kind(num_draft_tokens: int, *, by_model: bool) -> tuple[int, bool]:
+    return num_draft_tokens, by_model and num_draft_tokens > 0
