@@ -205,6 +205,13 @@ def test_a_busy_moment_changes_no_choice():
     assert ratio(live) == pytest.approx(before, rel=0.05)
 
 
+def test_a_busy_moment_that_meets_one_k_only_hardly_speaks_against_it():
+    live = LiveCosts(CPU)
+    for _ in range(30):
+        live.observe(3, 2 * CPU.round_s(3))
+    assert ratio(live) < 1.25 * CPU.round_s(3) / CPU.round_s(0)
+
+
 def test_one_stall_says_little():
     live = LiveCosts(CPU)
     live.observe(3, 100.0)

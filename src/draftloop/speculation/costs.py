@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_COMMON_STEP, _OWN_STEP = 0.25, 0.25
+_COMMON_STEP, _OWN_STEP = 0.4, 0.1
 """How much of a surprise is put down to the machine's mood, and how much to the width itself."""
 _LARGEST_SURPRISE = 0.5
 """In log seconds: a stall says no more than a round that took 1.65 times as long."""
@@ -82,8 +82,8 @@ class LiveCosts:
     """The calibrated costs, refined by what rounds took.
 
     A round's time over the calibrated one is split into a factor that all rounds share (the machine is busy,
-    the context is long) and one of its own K. The first follows the moment and changes no choice; the second
-    is what the calibration got wrong. Surprises are cut, so that one stall does little.
+    the context is long) and one of its own K. The first follows the moment quickly and changes no choice; the
+    second is what the calibration got wrong, and moves slowly. Surprises are cut: a stall does little.
     """
 
     def __init__(self, calibrated: RoundCosts) -> None:
