@@ -82,5 +82,9 @@ class StorageError(DraftloopError):
     """A file could not be written: a full disk, a folder without permission."""
 
 
+class RecordLost(StorageError):
+    """One stored record is damaged or was evicted; the others can be read."""
+
+
 class OutOfMemory(DraftloopError):
     """Memory ran out in spite of the plan."""

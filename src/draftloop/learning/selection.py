@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from draftloop.errors import StorageError
+from draftloop.errors import RecordLost
 from draftloop.learning.examples import example_of
 from draftloop.learning.failures import split, threshold_of
 from draftloop.learning.replayed import TimedRound
@@ -117,12 +117,15 @@ def load_examples(
     """The requests as the draft learns from them, by id.
 
     Those that made room for others, are damaged, or leave no answer when cut are left out.
+
+    Raises:
+        StorageError: the store itself cannot be read.
     """
     examples = {}
     for one in sorted(set(ids)):
         try:
             (record,) = store.requests.load([one])
-        except StorageError as error:
+        except RecordLost as error:
             logger.debug("request %d is left out: %s", one, error)
             continue
         example = example_of(record, max_sequence_tokens=max_sequence_tokens, eos_token_ids=eos_token_ids)

@@ -37,7 +37,8 @@ def storage_errors(what: str) -> Iterator[None]:
             ) from error
         raise StorageError(
             f"An error stopped {what}: {error}",
-            remedy="Check the folder and its permissions, or point DRAFTLOOP_CACHE at another one.",
+            remedy="Check the folder and its permissions. DRAFTLOOP_CACHE says where models lie, "
+            "storage.directory everything else.",
         ) from error
 
 

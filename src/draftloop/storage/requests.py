@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from draftloop.errors import StorageError
+from draftloop.errors import RecordLost, StorageError
 from draftloop.storage.eviction import evict, return_free_pages
 from draftloop.storage.holdout import choose_side
 from draftloop.storage.packing import Contents, pack, unpack
@@ -226,7 +226,7 @@ def _summary(row: tuple[Any, ...]) -> RequestSummary:
 def _load(connection: sqlite3.Connection, identity: int) -> RequestRecord:
     row = connection.execute(_LOAD, (int(identity),)).fetchone()
     if row is None:
-        raise StorageError(
+        raise RecordLost(
             f"request {identity} is not stored any more",
             remedy="It made room for others: raise storage.max_megabytes, and start again without it.",
         )

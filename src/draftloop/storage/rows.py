@@ -6,7 +6,7 @@ import json
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from draftloop.errors import StorageError
+from draftloop.errors import RecordLost
 
 if TYPE_CHECKING:
     import sqlite3
@@ -45,4 +45,4 @@ def reading(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise StorageError(f"{what} is damaged: {error}", remedy=remedy) from error
+        raise RecordLost(f"{what} is damaged: {error}", remedy=remedy) from error
