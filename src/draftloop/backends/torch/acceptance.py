@@ -102,16 +102,31 @@ def decide(
     return Decision(accepted, extra[0], alphas)
 
 
+def decide_greedily(logits: torch.Tensor, tokens: torch.Tensor) -> Decision:
+    """`decide` where p and q are point masses, whatever the uniforms: logits [K+1, V], tokens [K].
+
+    It spares the distributions, whose making takes as long on a GPU as a small model's step.
+    """
+    best = logits.argmax(dim=-1)
+    kept = best[: len(tokens)] == tokens
+    accepted = kept.long().cumprod(dim=0).sum()
+    return Decision(accepted, best.index_select(0, accepted.view(1))[0], kept.float())
+
+
 def verdict_of(logits: torch.Tensor, job: VerifyJob) -> Verdict:
     """[K+1, V] float32 logits of the target -> the verdict, brought to the host in one transfer."""
     device, k = logits.device, job.proposal.num_tokens
     tokens, q = _on_device(job.proposal, logits.shape[1], device)
-    p = warp(mask(logits, job.rules), job.rules.sampling)
-    if q is not None and q.shape[1] > p.shape[1]:
-        p = torch.nn.functional.pad(p, (0, q.shape[1] - p.shape[1]))
-    decision = decide(
-        p, q, tokens, to_device(job.accept_uniforms, device), to_device(job.extra_uniforms, device)
-    )
+    masked = mask(logits, job.rules)
+    if q is None and job.rules.sampling.greedy:
+        decision = decide_greedily(masked, tokens)
+    else:
+        p = warp(masked, job.rules.sampling)
+        if q is not None and q.shape[1] > p.shape[1]:
+            p = torch.nn.functional.pad(p, (0, q.shape[1] - p.shape[1]))
+        decision = decide(
+            p, q, tokens, to_device(job.accept_uniforms, device), to_device(job.extra_uniforms, device)
+        )
     parts = [decision.accepted.view(1), decision.extra.view(1), tokens, decision.alphas]
     if job.trace:
         parts += _trace_parts(logits, tokens, q)

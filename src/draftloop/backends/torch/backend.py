@@ -15,6 +15,7 @@ from draftloop.backends.architecture import Architecture, read_architecture
 from draftloop.backends.base import Cache, Capabilities, PrefillJob, Proposal, ProposeJob, VerifyJob
 from draftloop.backends.torch.acceptance import draw, mask, to_device, verdict_of, warp
 from draftloop.backends.torch.adapter import adapter_forms, deployed_layers
+from draftloop.backends.torch.cuda.graphs import graphed_steps
 from draftloop.backends.torch.decoder import Decoder, TorchCache
 from draftloop.backends.torch.memory import memory_errors
 from draftloop.backends.torch.native.library import load_library
@@ -59,6 +60,7 @@ class TorchModel:
         self._base = weights
         self._max_tokens = max_tokens
         self._device = loader.device
+        self._steps = graphed_steps(self.decoder, max_tokens)
 
     @property
     def architecture(self) -> Architecture:
@@ -97,7 +99,7 @@ class TorchModel:
     @torch.inference_mode()
     def logits(self, cache: Cache, tokens: Sequence[int]) -> NDArray[np.float32]:
         """See `Model`."""
-        host: NDArray[np.float32] = self.decoder.head(self._forward(cache, self._ids(tokens))).cpu().numpy()
+        host: NDArray[np.float32] = self._logits(cache, self._ids(tokens)).cpu().numpy()
         return host
 
     @property
@@ -139,7 +141,7 @@ class TorchModel:
         rows: list[torch.Tensor] = []
         ids = self._ids(job.unread)
         for step in range(job.num_draft_tokens):
-            logits = self.decoder.head(self._forward(job.cache, ids)[-1:])
+            logits = self._logits(job.cache, ids, last=True)
             logits = mask(logits, job.rules, first_row=step)
             if sampling.greedy:
                 ids = logits.argmax(dim=-1)
@@ -154,10 +156,19 @@ class TorchModel:
         if job.proposal.num_tokens:
             guesses = job.proposal.tokens
             ids = torch.cat((ids, guesses if isinstance(guesses, torch.Tensor) else self._ids(guesses)))
-        return verdict_of(self.decoder.head(self._forward(job.cache, ids)), job)
+        return verdict_of(self._logits(job.cache, ids), job)
 
     def _ids(self, tokens: Sequence[int] | NDArray[np.int32]) -> torch.Tensor:
         return torch.tensor(list(tokens), dtype=torch.long).to(self._device, non_blocking=True)
+
+    def _logits(self, cache: Cache, ids: torch.Tensor, *, last: bool = False) -> torch.Tensor:
+        """Read `ids` [T]: their logits [T, V] float32, or those of the last one only."""
+        if self._steps is not None and isinstance(cache, TorchCache):
+            logits = self._steps.logits(cache, ids)
+            if logits is not None:
+                return logits[-1:] if last else logits
+        hidden = self._forward(cache, ids)
+        return self.decoder.head(hidden[-1:] if last else hidden)
 
     def _forward(self, cache: Cache, ids: torch.Tensor) -> torch.Tensor:
         if not isinstance(cache, TorchCache):

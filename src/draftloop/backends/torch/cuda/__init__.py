@@ -1,0 +1,1 @@
+"""Decoding steps on an NVIDIA GPU: fused kernels, replayed as CUDA graphs."""
