@@ -29,6 +29,17 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield open_backend(request.param, device=device)
 
 
+@pytest.fixture(scope="session")
+def rounding(pytestconfig: pytest.Config) -> Callable[..., float]:
+    """`rounding(exact, coarse, **options)`: a bound for a toy; a GPU computes 4-bit layers in bfloat16."""
+
+    def choose(exact: float, coarse: float, **options: Any) -> float:
+        on_gpu = pytestconfig.getoption("--device") == "gpu"
+        return coarse if on_gpu and options.get("quantized") else exact
+
+    return choose
+
+
 @contextmanager
 def _one_thread(name: str) -> Iterator[None]:
     """A toy's matrices are so small that PyTorch's threads cost more than they bring."""

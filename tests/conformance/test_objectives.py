@@ -274,11 +274,12 @@ class TestTrainers:
 
     @pytest.mark.parametrize("model_type", MODEL_TYPES)
     @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-    def test_gradients_through_every_kind_of_base(self, observed, examples, model_type, packed):
+    def test_gradients_through_every_kind_of_base(self, observed, examples, model_type, packed, rounding):
         options = {"model_type": model_type, "quantized": packed, "tied": model_type == "qwen2"}
         batch = [examples[1], examples[2]]
         told = observed(Objective.FORWARD_KL, batch, **options)
-        assert_gradients(told, Objective.FORWARD_KL, batch, 5e-2 if packed else 2e-3)
+        tolerance = rounding(5e-2 if packed else 2e-3, 0.15, **options)
+        assert_gradients(told, Objective.FORWARD_KL, batch, tolerance)
 
     @pytest.mark.parametrize("name", ALL_MODULES)
     def test_gradients_of_one_module_alone(self, observed, examples, name):

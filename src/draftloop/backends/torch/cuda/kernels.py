@@ -18,8 +18,6 @@ TILE_ROWS = 16
 """Rows of one tensor-core tile: fewer cost the same."""
 
 _ROWS: tl.constexpr = tl.constexpr(TILE_ROWS)
-_LINE: tl.constexpr = tl.constexpr(64)
-"""16-bit weights of one cache line."""
 
 
 @triton.jit
@@ -28,19 +26,6 @@ def _follow(chained: tl.constexpr):
     if chained:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def _fetch(pointers):
-    """Bring the cache lines at `pointers` to the second-level cache; waits for nothing."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -54,7 +39,6 @@ def multiply(
     share: tl.constexpr,
     block_outputs: tl.constexpr,
     block_width: tl.constexpr,
-    ahead: tl.constexpr,
     gated: tl.constexpr,
     chained: tl.constexpr,
 ):
@@ -62,16 +46,9 @@ def multiply(
 
     `gated`: weight is [2N, D], S is 1 and y = silu(first half) · second half.
     """
+    _follow(chained)
     column = tl.program_id(0) * block_outputs + tl.arange(0, block_outputs)
     split = tl.program_id(1)
-    if chained and ahead > 0:
-        # Weights are nobody's output: fetch the first ones while the kernel before still runs.
-        lines = tl.minimum(split * share + tl.arange(0, ahead // _LINE) * _LINE, width - 1)
-        near = weight + tl.minimum(column, outputs - 1)[:, None].to(tl.int64) * width + lines[None, :]
-        _fetch(near)
-        if gated:
-            _fetch(near + outputs.to(tl.int64) * width)
-    _follow(chained)
     row = tl.arange(0, _ROWS)
     step = split * share + tl.arange(0, block_width)
     known = row[:, None] < rows

@@ -112,7 +112,6 @@ class Step:
             share,
             tiles.outputs,
             tiles.width,
-            tiles.ahead,
             gated,
             num_warps=tiles.warps,
             num_stages=tiles.stages,

@@ -14,17 +14,13 @@ _WIDE = 4096
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Outputs of one program, inputs of one step of its loop, splits at most, warps, steps loaded ahead.
-
-    ahead: inputs whose weights are asked for while the kernel before still runs; a power of two, or 0.
-    """
+    """Outputs of one program, inputs of one step of its loop, splits at most, warps, steps loaded ahead."""
 
     outputs: int
     width: int
     splits: int
     warps: int
     stages: int
-    ahead: int = 256
 
     def share(self, width: int) -> int:
         """Inputs of one split."""
