@@ -23,6 +23,9 @@ from draftloop.loading import load_prepared, open_storage, prepare
 from draftloop.models.tokenizer import Message
 from draftloop.types import Sampling
 
+STEADY = ("speculative.schedule=fixed",)
+"""Both answers of a pair do the same rounds."""
+
 
 def answered_s(engine: Engine, request: Request) -> tuple[float, tuple[int, ...]]:
     """Seconds of one answer beside its prompt, and its tokens."""
@@ -42,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     lines = arguments.prompts.read_text(encoding="utf-8").splitlines()[: arguments.count]
     with tempfile.TemporaryDirectory() as folder:
-        config = load_config([arguments.config.resolve()], [f"storage.directory={folder}"]).config
+        config = load_config([arguments.config.resolve()], [f"storage.directory={folder}", *STEADY]).config
         with open_storage(config) as store:
             prepared = prepare(config)
             engine = load_prepared(config, prepared, store)
