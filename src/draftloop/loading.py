@@ -7,6 +7,7 @@ line.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
@@ -218,12 +219,19 @@ def _schedule(config: Config, prepared: Prepared, models: Pair) -> Schedule | No
     facts = {
         "machine": f"{platform.node()} {platform.machine()} {os.cpu_count()}",
         "backend": f"{capabilities.backend} {capabilities.version}",
-        "draftloop": version("draftloop"),
+        "draftloop": f"{version('draftloop')} {_code_digest()}",
         "device": capabilities.device,
         "target": heads_digest(prepared.target_folder),
         "draft": heads_digest(prepared.draft_folder),
     }
     return Schedule(calibrated_costs(models, config.speculative.num_draft_tokens, facts))
+
+
+def _code_digest() -> str:
+    """Of the backends' sources: other kernels have other costs."""
+    folder = Path(__file__).with_name("backends")
+    sources = sorted(path for path in folder.rglob("*") if path.suffix in {".py", ".c"})
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 def _checked(role: str, folder: Path, max_kv_cache_tokens: int) -> tuple[Architecture, Tokenizer]:

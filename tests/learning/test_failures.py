@@ -17,6 +17,7 @@ def summary(
     *,
     held_out: bool = False,
     trained_by: str | None = None,
+    rounds: int | None = None,
 ) -> RequestSummary:
     return RequestSummary(
         id=number,
@@ -30,7 +31,7 @@ def summary(
         num_answer_tokens=20,
         num_draft_tokens=4,
         temperature=0.0,
-        rounds=10,
+        rounds=max(1, -(-drafted // 4)) if rounds is None else rounds,
         drafted_tokens=drafted,
         accepted_tokens=accepted,
         tested_tokens=drafted,
@@ -135,3 +136,20 @@ def test_every_fourth_held_out_request_validates(count, validation):
     parts = split([summary(i, held_out=True) for i in range(count)], 0.5)
     assert [one.id for one in parts.validation] == validation
     assert [one.id for one in parts.gate] == [i for i in range(count) if i not in validation]
+
+
+def test_a_bad_draft_that_was_asked_for_little_is_a_failure_all_the_same():
+    """11 of 20 single drafts kept; at four a round (0.55 + 0.55² + 0.55³ + 0.55⁴) / 4 = 0.28 would be."""
+    cautious = summary(1, accepted=11, drafted=20, rounds=20)
+    good = summary(2, accepted=18, drafted=20, rounds=20)
+    full = summary(3, accepted=11, drafted=20, rounds=5)
+    parts = split([cautious, good, full], 0.5)
+    assert parts.failures == (cautious,)
+    assert parts.replay == (good, full)
+    assert split([cautious], 0.27).failures == ()
+
+
+def test_a_last_round_that_was_cut_is_judged_as_it_was():
+    cut = summary(1, accepted=9, drafted=17, rounds=5)
+    assert split([cut], 9 / 17).failures == ()
+    assert split([cut], 9 / 17 + 0.001).failures == (cut,)

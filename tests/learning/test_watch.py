@@ -26,7 +26,9 @@ PAIR = PairKey("target", "draft")
 ROWS = 50
 
 
-def summary(number: int, alpha: float, domain: str = "a", temperature: float = 0.0) -> RequestSummary:
+def summary(
+    number: int, alpha: float, domain: str = "a", temperature: float = 0.0, drafted: int = 60
+) -> RequestSummary:
     return RequestSummary(
         id=number,
         created_s=0.0,
@@ -40,7 +42,7 @@ def summary(number: int, alpha: float, domain: str = "a", temperature: float = 0
         num_draft_tokens=4,
         temperature=temperature,
         rounds=20,
-        drafted_tokens=60,
+        drafted_tokens=drafted,
         accepted_tokens=30,
         tested_tokens=ROWS,
         alpha_sum=alpha * ROWS,
@@ -239,3 +241,10 @@ def test_the_recorder_takes_a_bad_adapter_back_while_answers_go_on(classroom):
         assert store.adapters.get("a0001").status is AdapterStatus.REVERTED
         answers = store.requests.list(classroom.pair)[-10:]
     assert [one.adapter for one in answers] == worn
+
+
+def test_rounds_of_other_lengths_are_not_compared():
+    """A schedule that drafts one token a round tests the easy ones alone."""
+    before, live = noisy(0.8, 60, 0), noisy(0.65, 40, 1)
+    assert alpha_fall(requests(before, drafted=20), requests(live)) is None
+    assert alpha_fall(requests(before, drafted=20), requests(live, drafted=20)) is not None

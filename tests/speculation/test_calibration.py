@@ -38,6 +38,10 @@ class FakeCache:
     max_tokens: int = 512
     position: int = 0
 
+    def read(self, n: int) -> None:
+        self.position += n
+        assert self.position <= self.max_tokens
+
     def trim(self, n: int) -> None:
         assert 0 <= n <= self.position
         self.position -= n
@@ -46,26 +50,29 @@ class FakeCache:
 class FakeModel:
     """Takes `width_s[width]` for a verification; drafts for 20 ms a token and 3 ms a call; reads for 2 ms."""
 
-    def __init__(self, clock: Clock, *, busy_calls: range = range(0), scale: float = 1.0) -> None:
+    def __init__(
+        self, clock: Clock, *, busy_calls: range = range(0), scale: float = 1.0, room: int = 512
+    ) -> None:
+        self.room = room
         self.clock, self.busy_calls, self.scale = clock, busy_calls, scale
         self.calls = 0
 
     def new_cache(self) -> FakeCache:
-        return FakeCache()
+        return FakeCache(self.room)
 
     def prefill(self, batch) -> None:
         for job in batch:
-            job.cache.position += len(job.tokens)
+            job.cache.read(len(job.tokens))
 
     def verify(self, batch) -> None:
         (job,) = batch
         width = job.proposal.num_tokens + 1
-        job.cache.position += width
+        job.cache.read(width)
         self._work(0.05 + 0.01 * width)
 
     def propose(self, batch):
         (job,) = batch
-        job.cache.position += len(job.unread) + job.num_draft_tokens - 1
+        job.cache.read(len(job.unread) + job.num_draft_tokens - 1)
         self._work(0.003 + 0.020 * job.num_draft_tokens + 0.002 * (len(job.unread) - 1))
         return [replace(NO_PROPOSAL, tokens=(0,) * job.num_draft_tokens)]
 
@@ -80,7 +87,7 @@ def fakes(**options) -> tuple[Pair, Clock]:
 
 
 @pytest.mark.parametrize("cap", [1, 3, 8])
-@pytest.mark.parametrize("busy", [range(0), range(4, 7)], ids=["quiet", "a busy moment"])
+@pytest.mark.parametrize("busy", [range(0), range(4, 6)], ids=["quiet", "a busy moment"])
 def test_the_costs_are_those_of_the_models(cap, busy):
     pair, clock = fakes(busy_calls=busy)
     costs = measure_costs(pair, cap, clock)
@@ -90,6 +97,13 @@ def test_the_costs_are_those_of_the_models(cap, busy):
     assert costs.draft_s == pytest.approx(0.020)
     assert costs.draft_round_s == pytest.approx(0.003)
     assert costs.read_s == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize("cap", [1, 4])
+@pytest.mark.parametrize("spare", [0, 1, 20])
+def test_the_smallest_caches_that_settings_allow_are_measured(cap, spare):
+    pair, clock = fakes(room=cap + 2 + spare)
+    assert measure_costs(pair, cap, clock).read_s == pytest.approx(0.002)
 
 
 def test_slow_models_are_measured_a_few_times_only():

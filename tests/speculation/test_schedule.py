@@ -291,3 +291,18 @@ class TestPositionAcceptance:
         for alpha in (0.0,) * 300 + (1.0,) * 300:
             found.observe([alpha])
         assert found.chance(0) > 0.9
+
+
+def test_short_answers_look_at_the_target_alone_too():
+    """Where drafting pays, the target alone is asked once in a while, over answers and not in each."""
+    machine = Machine(CPU, 0.92, sampled=True).serve(Schedule(CPU), 60, prompt=2, length=24)
+    full_rounds = [k for k in machine.chosen if k != 1]
+    assert 0 < full_rounds.count(0) < 0.05 * len(machine.chosen)
+
+
+def test_a_probe_ends_with_its_answer():
+    schedule = Schedule(CPU)
+    assert schedule.probes.due(0.0, 0.0)
+    assert schedule.probes.due(0.0, 0.0)
+    schedule.open(4)
+    assert not schedule.probes.due(0.0, 0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from draftloop.speculation.metrics import acceptance_rate
+from draftloop.speculation.metrics import acceptance_rate, constant_acceptance_rate, mean_alpha
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,4 +82,14 @@ def _is_failure(summary: RequestSummary, threshold: float) -> bool:
 
 
 def _rate(summary: RequestSummary) -> float | None:
-    return acceptance_rate(summary.accepted_tokens, summary.drafted_tokens)
+    """The acceptance rate, at `num_draft_tokens` in each round.
+
+    A schedule drafts little where the draft is bad, and of few drafts a larger share is accepted: such a
+    request is judged by the rate that its alpha would give, so that a bad draft is not learnt from less.
+    """
+    alpha = mean_alpha(summary.alpha_sum, summary.tested_tokens)
+    # The end of an answer cuts its last round.
+    full_rounds = summary.drafted_tokens >= summary.num_draft_tokens * (summary.rounds - 1)
+    if alpha is None or full_rounds:
+        return acceptance_rate(summary.accepted_tokens, summary.drafted_tokens)
+    return constant_acceptance_rate(alpha, summary.num_draft_tokens)

@@ -26,8 +26,9 @@ CERTAINTY = 2.576
 """Standard errors (one-sided 99.5 %): the comparison is made again and again as requests come in. Simulated
 with ten looks, one adapter in fifty that is as good as the one before is taken back."""
 
-Kind = tuple[str, float]
-"""What requests must share to be compared: domain and temperature."""
+Kind = tuple[str, float, int]
+"""What requests must share to be compared: domain, temperature, and drafts a round, rounded: a round's later
+drafts are the harder ones, and a schedule makes more of them for a better draft."""
 
 
 def revert_if_falling(store: Store, pair: PairKey, *, after_requests: int) -> str | None:
@@ -88,7 +89,8 @@ def _by_kind(requests: Sequence[RequestSummary]) -> dict[Kind, list[float]]:
     for one in requests:
         alpha = mean_alpha(one.alpha_sum, one.tested_tokens)
         if alpha is not None:
-            alphas.setdefault((one.domain, one.temperature), []).append(alpha)
+            depth = round(one.drafted_tokens / one.rounds)
+            alphas.setdefault((one.domain, one.temperature, depth), []).append(alpha)
     return alphas
 
 

@@ -35,7 +35,9 @@ logger = logging.getLogger(__name__)
 BUDGET_S = 2.5
 """No further pass begins after so long."""
 FEWEST_PASSES, MOST_PASSES = 2, 8
-CONTEXT_TOKENS, READ_TOKENS = 64, 32
+CONTEXT_TOKENS, READ_TOKENS = 64, 48
+"""What a token of a backlog costs is the difference between reading so many and half of them: on a GPU both
+are beyond what a graph was recorded for, as a backlog is."""
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 32, 48, 64)
 """Those up to K + 1 are measured, and K + 1; kernels work in blocks, so the small ones matter each."""
 FORMAT = 1
@@ -54,12 +56,13 @@ def measure_costs(pair: Pair, cap: int, clock: Callable[[], float] = time.perf_c
     if pair.draft is None:
         raise ValueError("without a draft there is nothing to choose")
     widths = [*(width for width in WIDTHS if width <= cap), cap + 1]
-    target, draft = _filled(pair.target, max(widths)), _filled(pair.draft, cap + READ_TOKENS)
+    target, draft = _filled(pair.target, max(widths)), _filled(pair.draft, max(cap, READ_TOKENS))
+    most = min(READ_TOKENS, draft.max_tokens - draft.position)
     few, many = 1, max(cap, 2)
     steps: list[Callable[[], None]] = [
         *(_verification(pair.target, target, width) for width in widths),
         *(_proposal(pair.draft, draft, k) for k in (few, many)),
-        _proposal(pair.draft, draft, 1, unread_tokens=READ_TOKENS),
+        *(_proposal(pair.draft, draft, 1, unread_tokens=count) for count in (most // 2, most)),
     ]
     best = [math.inf] * len(steps)
     started_s = clock()
@@ -74,14 +77,13 @@ def measure_costs(pair: Pair, cap: int, clock: Callable[[], float] = time.perf_c
             best[index] = min(best[index], clock() - before_s)
     # A wider step is never cheaper; where it was, the clock jittered.
     verify_s = itertools.accumulate(best[: len(widths)], max)
-    few_s, many_s, read_s = best[len(widths) :]
+    few_s, many_s, half_s, whole_s = best[len(widths) :]
     draft_s = min(max(0.0, many_s - few_s) / (many - few), few_s)
     return RoundCosts(
         verify_s=tuple(zip(widths, verify_s, strict=True)),
         draft_s=draft_s,
         draft_round_s=few_s - draft_s,
-        # Read with the first guess behind it, as a probe does; the guess costs as much without a backlog.
-        read_s=max(0.0, read_s - few_s) / (READ_TOKENS - 1),
+        read_s=max(0.0, whole_s - half_s) / (most - most // 2),
     )
 
 
@@ -137,7 +139,7 @@ def _costs_of(stored: Mapping[str, object], key: Mapping[str, str]) -> RoundCost
     try:
         verify_s = tuple((int(width), float(seconds)) for width, seconds in points)  # type: ignore[attr-defined]
         draft_s, draft_round_s, read_s = (float(value) for value in rest)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     widths = [width for width, _ in verify_s]
     numbers = [draft_s, draft_round_s, read_s, *(seconds for _, seconds in verify_s)]

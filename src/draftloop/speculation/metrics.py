@@ -16,6 +16,11 @@ def acceptance_rate(accepted_tokens: float, drafted_tokens: float) -> float | No
     return accepted_tokens / drafted_tokens if drafted_tokens else None
 
 
+def constant_acceptance_rate(alpha: float, num_draft_tokens: int) -> float:
+    """Σ α^i / K: the rate of full rounds of K >= 1 drafts, were each accepted with probability alpha."""
+    return sum(alpha**i for i in range(1, num_draft_tokens + 1)) / num_draft_tokens
+
+
 def mean_alpha(alpha_sum: float, tested_tokens: int) -> float | None:
     """Mean of Σ_x min(p(x), q(x)) over tested positions. None where nothing was tested."""
     return alpha_sum / tested_tokens if tested_tokens else None

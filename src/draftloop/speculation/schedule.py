@@ -135,7 +135,7 @@ class Probes:
     def __init__(self, alone_s: float) -> None:
         self._allowance_s = FIRST_ALLOWANCE_ROUNDS * alone_s
         self._gap = self._rounds = 0
-        self._left = 0
+        self._left = self._drafting_rounds = 0
 
     def due(self, backlog_s: float, loss_s: float) -> bool:
         """Whether to probe now.
@@ -155,11 +155,24 @@ class Probes:
         self._rounds, self._left = 0, PROBE_ROUNDS - 1
         return True
 
+    @property
+    def alone_due(self) -> bool:
+        """Whether the target alone was not asked for so long that its cost must be looked at."""
+        return self._drafting_rounds >= ALONE_EVERY_ROUNDS
+
+    def passed_drafting(self) -> None:
+        """A round with drafts went by."""
+        self._drafting_rounds += 1
+
     def passed_alone(self, seconds: float) -> None:
         """A round without drafts went by."""
-        self._rounds += 1
+        self._rounds, self._drafting_rounds = self._rounds + 1, 0
         most_s = FIRST_ALLOWANCE_ROUNDS / PROBE_SHARE * seconds
         self._allowance_s = min(self._allowance_s + PROBE_SHARE * seconds, most_s)
+
+    def abandon(self) -> None:
+        """Another text begins: what is left of a probe was paid for the one before."""
+        self._left = 0
 
     def soon(self) -> None:
         """The draft was worth asking, or is another one: what was fruitless before says nothing now."""
@@ -189,6 +202,7 @@ class Schedule:
                 answer of a schedule is chosen for in the same way.
         """
         since = Schedule(self.costs.calibrated) if repeatable else self
+        since.probes.abandon()
         own = since.acceptance.for_stream()
         fresh = repeatable or not self.answered
         return AdaptivePace(self, num_draft_tokens, since.costs.now(), own, since.probes, fresh=fresh)
@@ -217,7 +231,6 @@ class AdaptivePace:
         self._prices = prices
         self._acceptance = acceptance
         self._probes = probes
-        self._since_alone = 0
 
     def choose(self, cap: int, backlog_tokens: int, remaining_tokens: int) -> Choice:
         """See `Pace`. Reading the backlog must pay within the tokens that remain."""
@@ -229,7 +242,7 @@ class AdaptivePace:
         ahead = min(remaining_tokens, HORIZON_TOKENS)
         if backlog_s + ahead / drafting.tokens_per_s < ahead / alone.tokens_per_s:
             self._probes.soon()
-            return alone if self._since_alone >= ALONE_EVERY_ROUNDS else drafting
+            return alone if self._probes.alone_due else drafting
         round_s = self._prices.round_s(drafting.num_draft_tokens)
         loss_s = max(0.0, round_s * (1 - drafting.tokens_per_s / alone.tokens_per_s))
         return drafting if self._probes.due(backlog_s, loss_s) else alone
@@ -258,9 +271,9 @@ class AdaptivePace:
             self._schedule.acceptance.observe(timed.alphas)
         if timed.seconds is not None and not timed.backlog_tokens:
             self._schedule.costs.observe(timed.num_draft_tokens, timed.seconds, by_model=timed.by_model)
-        self._since_alone += 1
-        if not timed.num_draft_tokens:
-            self._since_alone = 0
+        if timed.num_draft_tokens:
+            self._probes.passed_drafting()
+        else:
             self._probes.passed_alone(self._prices.round_s(0))
 
     def _alone(self) -> Choice:

@@ -31,8 +31,11 @@ def graphed_steps(decoder: Decoder, max_tokens: int) -> GraphedSteps | None:
     """Graphs for `decoder` over caches of `max_tokens`; None where there is no GPU or no Triton."""
     if decoder.weights.final_norm.device.type != "cuda" or find_spec("triton") is None:
         return None
-    from draftloop.backends.torch.cuda.step import Step
-
+    try:
+        from draftloop.backends.torch.cuda.step import Step
+    except ImportError as error:
+        _LOG.warning("Triton cannot be imported, so steps run kernel by kernel: %s", error)
+        return None
     return GraphedSteps(decoder, Step(decoder, max_tokens), max_tokens)
 
 

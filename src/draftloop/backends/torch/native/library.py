@@ -39,11 +39,22 @@ def load_library(threads: int) -> ctypes.CDLL | None:
     reason = why_not()
     if reason is None:
         try:
-            return _loaded(_compiled(), threads)
-        except (OSError, InputError, subprocess.SubprocessError) as error:
-            reason = str(error)
+            return _library(threads)
+        except (OSError, AttributeError, InputError, subprocess.SubprocessError) as error:
+            logger.warning("our own kernels cannot be used, PyTorch's slower ones do the work: %s", error)
+            return None
     logger.debug("no kernels of our own: %s", reason)
     return None
+
+
+def _library(threads: int) -> ctypes.CDLL:
+    path = _compiled()
+    try:
+        return _loaded(path, threads)
+    except (OSError, AttributeError):
+        # A loss of power may leave a file without its content.
+        path.unlink(missing_ok=True)
+        return _loaded(_compiled(), threads)
 
 
 def why_not() -> str | None:
@@ -88,6 +99,8 @@ def _compiled() -> Path:
         made = Path(folder) / target.name
         command = [str(_compiler()), *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S)
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
         made.replace(target)
     return target
 
