@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -98,7 +99,9 @@ class ChildContender:
         Raises:
             DraftloopError: the program failed or ended.
         """
-        self._pipe.send(job)
+        # A child that has ended is told of by what is received from it.
+        with suppress(ConnectionError):
+            self._pipe.send(job)
         answer: Answer = self._receive()
         return answer
 

@@ -151,13 +151,13 @@ def _tell(
         whole=summarize(answers, derived),
         tasks={name: summarize(part, derived) for name, part in by_task(prompts, answers).items()},
     )
-    if plot is not None:
-        write_plot(told, plot)
-        say(f"the chart is in {plot}")
     if as_json:
         write_json(benchmark_figures(told))
     else:
         show(told)
+    if plot is not None:
+        write_plot(told, plot)
+        say(f"the chart is in {plot}")
 
 
 def check_plot(path: Path | None) -> None:

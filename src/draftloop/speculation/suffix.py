@@ -1,5 +1,7 @@
 """Drafts that cost nothing: where the end of the text stood before, what followed it may follow again.
 
+Rounds do not draft from it yet: `benchmarks/suffix.py` replays stored answers through it.
+
 Contract: token ids go in, a guess with its chances comes out; a call takes tens of microseconds, memory
 is bounded, and the same calls in the same order give the same guesses. Must not know models, rounds or the
 store.
