@@ -90,12 +90,16 @@ def test_unpacked_weights_are_rounded_once(group):
 
 
 @needs_kernels
+@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("ranks", [1, 8, 30])
-def test_an_adapter_beside_a_product_is_added_to_it(ranks):
+def test_an_adapter_beside_a_product_is_added_to_it(ranks, stacked):
     base, x = int4_linear([affine(1040, 256, 64)], None, 64, torch.bfloat16, CPU), inputs(11, 256)
     random = torch.Generator().manual_seed(5)
     a = torch.randn(256, ranks, generator=random).bfloat16()
     b = torch.randn(ranks, 1040, generator=random).bfloat16()
+    if stacked:
+        # Two modules: each has ranks of its own, and one of them is not adapted in its last rows.
+        b[: ranks // 2, 512:], b[ranks // 2 :, :512], b[:, 1024:] = 0, 0, 0
     layer = adapted_linear(base, a, b)
     assert isinstance(layer, NativeAdaptedLinear)
     y = layer(x)

@@ -230,7 +230,7 @@ def _schedule(config: Config, prepared: Prepared, models: Pair) -> Schedule | No
 def _code_digest() -> str:
     """Of the backends' sources: other kernels have other costs."""
     folder = Path(__file__).with_name("backends")
-    sources = sorted(path for path in folder.rglob("*") if path.suffix in {".py", ".c"})
+    sources = sorted(path for path in folder.rglob("*") if path.suffix in {".py", ".c", ".h"})
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Compiles `kernels.c` for this processor, once, and loads it.
+"""Compiles the C files beside it for this processor, once, and loads it.
 
 Contract: `load_library` gives the functions, or None where this machine cannot have them: another processor,
 no C compiler, no place to write. Nothing fails for want of it. Must not know tensors.
@@ -23,7 +23,8 @@ from draftloop.folders import cache_root
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
+HEADER = Path(__file__).with_name("kernels.h")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"})
@@ -89,7 +90,8 @@ def _compiled() -> Path:
         OSError, InputError: there is no place for it.
         subprocess.SubprocessError: the compiler failed.
     """
-    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), " ".join(sorted(_processor_flags())).encode())
+    sources = b"".join(path.read_bytes() for path in (HEADER, *SOURCES))
+    parts = (sources, " ".join(FLAGS).encode(), " ".join(sorted(_processor_flags())).encode())
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     target = cache_root() / "native" / f"kernels-{digest}.so"
     if target.exists():
@@ -97,7 +99,7 @@ def _compiled() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        command = [str(_compiler()), *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+        command = [str(_compiler()), *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S)
         with made.open("rb") as file:
             os.fsync(file.fileno())
@@ -108,7 +110,7 @@ def _compiled() -> Path:
 def _loaded(path: Path, threads: int) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.dl_int4.argtypes = [c_void_p] * 5 + [c_long] * 4
-    library.dl_adapt.argtypes = [c_void_p] * 5 + [c_long] * 4
+    library.dl_adapt.argtypes = [c_void_p] * 6 + [c_long] * 5
     library.dl_unpack.argtypes = [c_void_p] * 4 + [c_long] * 3
     library.dl_norm.argtypes = [c_void_p] * 4 + [c_long] * 2 + [c_float]
     library.dl_gate.argtypes = [c_void_p] * 2 + [c_long] * 2

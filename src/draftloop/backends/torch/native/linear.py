@@ -26,7 +26,7 @@ _PACK_BLOCKS = 512
 
 @dataclass(frozen=True, slots=True)
 class NativeInt4Linear:
-    """blocks: [out / 16, in / group, group / 8 + 1, 16] int32 (see `kernels.c`); bias: [out] or None."""
+    """blocks: [out / 16, in / group, group / 8 + 1, 16] int32 (see `products.c`); bias: [out] or None."""
 
     library: ctypes.CDLL
     blocks: torch.Tensor
@@ -63,27 +63,32 @@ class NativeInt4Linear:
 
 @dataclass(frozen=True, slots=True)
 class NativeAdaptedLinear:
-    """base(x) + x · a · b, the two small products in one call; a: [R, in], b: [R, out], both bfloat16."""
+    """base(x) + x · a · b, the two small products in one call.
+
+    a: [R, in] bfloat16; b: [out / 16, span, 16] bfloat16, the ranks that each block of outputs depends on,
+    which begin with first [out / 16] int32: where modules are stacked, most of b is zero.
+    """
 
     library: ctypes.CDLL
     base: Linear
     a: torch.Tensor
     b: torch.Tensor
+    first: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `Linear`."""
         x = x.contiguous()
         y = self.base(x).contiguous()
-        (ranks, columns), rows, count = self.a.shape, self.b.shape[1], len(x)
+        (ranks, columns), (blocks, span, _), count = self.a.shape, self.b.shape, len(x)
         inner = torch.empty(count, ranks)
-        pointers = (tensor.data_ptr() for tensor in (x, self.a, self.b, y, inner))
-        self.library.dl_adapt(*pointers, count, columns, ranks, rows)
+        pointers = (tensor.data_ptr() for tensor in (x, self.a, self.b, self.first, y, inner))
+        self.library.dl_adapt(*pointers, count, columns, ranks, blocks * BLOCK_ROWS, span)
         return y
 
     @property
     def num_bytes(self) -> int:
         """See `Linear`."""
-        return self.base.num_bytes + self.a.nbytes + self.b.nbytes
+        return self.base.num_bytes + self.a.nbytes + self.b.nbytes + self.first.nbytes
 
 
 def native_adapted_linear(
@@ -92,7 +97,16 @@ def native_adapted_linear(
     """Put a [in, R] and b [R, out] beside `base`; None where their widths do not fill whole registers."""
     if a.dtype is not torch.bfloat16 or len(a) % BLOCK_ROWS or b.shape[1] % BLOCK_ROWS:
         return None
-    return NativeAdaptedLinear(library, base, a.T.contiguous(), b.contiguous())
+    ranks = len(b)
+    blocks = b.view(ranks, -1, BLOCK_ROWS).transpose(0, 1)
+    used = (blocks != 0).any(dim=-1).int()
+    begin = used.argmax(dim=1)
+    span = int((ranks - used.flip(1).argmax(dim=1) - begin).where(used.any(dim=1), 1).max())
+    first = begin.clamp(max=ranks - span)
+    rows = (first.unsqueeze(1) + torch.arange(span)).unsqueeze(-1).expand(-1, -1, BLOCK_ROWS)
+    return NativeAdaptedLinear(
+        library, base, a.T.contiguous(), blocks.gather(1, rows).contiguous(), first.to(torch.int32)
+    )
 
 
 def native_int4_linear(
