@@ -60,7 +60,7 @@ DEMO_SETTINGS = (
 )
 """What makes a lesson of a few minutes worth having. They stand below `--set`, and are said aloud."""
 
-REQUESTS = 60
+REQUESTS = 54
 HELD_OUT = 4
 """Prompts of the same kind that are neither collected nor trained on."""
 DOMAIN = "quartermaster"
