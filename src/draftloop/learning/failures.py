@@ -87,9 +87,9 @@ def _rate(summary: RequestSummary) -> float | None:
     A schedule drafts little where the draft is bad, and of few drafts a larger share is accepted: such a
     request is judged by the rate that its alpha would give, so that a bad draft is not learnt from less.
     """
-    alpha = mean_alpha(summary.alpha_sum, summary.tested_tokens)
-    # The end of an answer cuts its last round.
-    full_rounds = summary.drafted_tokens >= summary.num_draft_tokens * (summary.rounds - 1)
+    alpha, k = mean_alpha(summary.alpha_sum, summary.tested_tokens), summary.num_draft_tokens
+    # Where max_tokens ends an answer, its last rounds have room for K - 1, K - 2 … 0 drafts.
+    full_rounds = summary.drafted_tokens >= k * summary.rounds - k * (k + 1) // 2
     if alpha is None or full_rounds:
         return acceptance_rate(summary.accepted_tokens, summary.drafted_tokens)
-    return constant_acceptance_rate(alpha, summary.num_draft_tokens)
+    return constant_acceptance_rate(alpha, k)
