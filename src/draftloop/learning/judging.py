@@ -104,16 +104,8 @@ def judge_candidate(
             choice.bare_draft_s,
         )
     )
-    outfits = [Outfit(lora, choice.best), incumbent]
-    if incumbent.lora is not None:
-        outfits.append(Outfit())
-    alphas: list[list[Rows]] = []
-    for outfit in outfits:
-        draft.set_adapter(outfit.lora, outfit.form)
-        alphas.append([])
-        for one in held_out:
-            alphas[-1] += draft.replay([one.example])
-            replayed(1 / len(outfits))
+    outfits = [Outfit(lora, choice.best), incumbent, *([] if incumbent.lora is None else [Outfit()])]
+    alphas = _replay(draft, outfits, held_out, replayed)
     if incumbent.lora is None:
         alphas.append(alphas[1])
     requests = [
@@ -133,17 +125,33 @@ def judge_candidate(
         forms=choice.figures,
         candidate_cost=candidate_cost,
         incumbent_cost=incumbent_cost,
-        requests=tuple(
-            {
-                "request": one.request,
-                "domain": one.domain,
-                "rows": one.example.num_rows,
-                **_figures("before", judged.incumbent, num_draft_tokens),
-                **_figures("after", judged.candidate, num_draft_tokens),
-            }
-            for one, judged in zip(held_out, requests, strict=True)
-        ),
+        requests=tuple(map(_told, held_out, requests)),
     )
+
+
+def _replay(
+    draft: Model, outfits: Sequence[Outfit], held_out: Sequence[HeldOut], replayed: Callable[[float], None]
+) -> list[list[Rows]]:
+    """Alpha at each row of each held-out request, outfit by outfit."""
+    alphas: list[list[Rows]] = []
+    for outfit in outfits:
+        draft.set_adapter(outfit.lora, outfit.form)
+        alphas.append([])
+        for one in held_out:
+            alphas[-1] += draft.replay([one.example])
+            replayed(1 / len(outfits))
+    return alphas
+
+
+def _told(one: HeldOut, judged: ReplayedRequest) -> dict[str, Any]:
+    """A held-out request as the report reads it."""
+    return {
+        "request": one.request,
+        "domain": one.domain,
+        "rows": one.example.num_rows,
+        **_figures("before", judged.incumbent, judged.num_draft_tokens),
+        **_figures("after", judged.candidate, judged.num_draft_tokens),
+    }
 
 
 def _figures(when: str, rows: Rows, num_draft_tokens: int) -> dict[str, float | None]:
