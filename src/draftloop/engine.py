@@ -17,16 +17,17 @@ from draftloop.backends.lora import AdapterForm
 from draftloop.errors import InputError
 from draftloop.learning.recorder import CANCELLED, Answered
 from draftloop.models.text import TextStream
+from draftloop.speculation.experience import Experience
 from draftloop.speculation.metrics import Tally, tokens_per_second
 from draftloop.speculation.round import decode
 from draftloop.speculation.stream import (
     Conversation,
     DecodeSettings,
     Pair,
-    Stream,
     check_fits,
     read_prompt,
 )
+from draftloop.speculation.suffix import SuffixIndex
 from draftloop.types import FinishReason, Sampling, TokenKind
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from draftloop.models.tokenizer import Tokenizer
     from draftloop.speculation.prefixes import PrefixCache
     from draftloop.speculation.round import Round
-    from draftloop.speculation.schedule import Pace, Schedule
+    from draftloop.speculation.schedule import Schedule
+    from draftloop.speculation.stream import Stream
     from draftloop.types import Trace
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,8 @@ class Request:
         sampling: temperature and the rest; for p and q alike.
         max_tokens: the answer's longest length, EOS included; at least 1.
         min_tokens: its shortest, EOS included; 1 means no minimum.
-        num_draft_tokens: K, the most that the draft proposes in a round; 0 asks the target alone.
+        num_draft_tokens: K, the most that the draft proposes in a round; 0 asks it never.
+        num_suffix_tokens: the most that a suffix match proposes in a round; 0 looks for none.
         stop: the answer ends before any of these strings.
         seed: fixes every random choice; None draws one, which the completion reports.
         trace: whether the completion carries the target's top tokens of each round.
@@ -64,6 +67,7 @@ class Request:
     sampling: Sampling
     max_tokens: int
     num_draft_tokens: int
+    num_suffix_tokens: int = 0
     min_tokens: int = 1
     stop: tuple[str, ...] = ()
     seed: int | None = None
@@ -143,6 +147,7 @@ class Engine:
         active_adapter: tells which adapter the draft shall wear; looked at before each request.
         prefixes: what is kept of past texts, for those that begin alike; None keeps nothing.
         schedule: chooses K round by round; without one each round drafts as many as the request says.
+        suffixes: remembers what was written, for suffix matches; None looks in each text alone.
     """
 
     def __init__(
@@ -156,6 +161,7 @@ class Engine:
         active_adapter: ActiveAdapter | None = None,
         prefixes: PrefixCache | None = None,
         schedule: Schedule | None = None,
+        suffixes: SuffixIndex | None = None,
     ) -> None:
         self.backend = backend
         self.pair = pair
@@ -164,9 +170,13 @@ class Engine:
         self._recorder = recorder
         self._active_adapter = active_adapter
         self._prefixes = prefixes
-        self._schedule = schedule
+        self._experience = Experience(schedule, suffixes or SuffixIndex(0))
         self._cache_clear_frequency = cache_clear_frequency
         self._answers = 0
+
+    def new_experience(self) -> Experience:
+        """For answers that shall not learn from others: `stream` takes it."""
+        return self._experience.anew()
 
     def open_conversation(self) -> Conversation:
         """Empty caches for a conversation of several turns."""
@@ -191,17 +201,23 @@ class Engine:
         lora, form = (None, AdapterForm.UNFUSED) if deployed is None else (deployed.lora, deployed.form)
         self.pair.draft.set_adapter(lora, form)
         self.adapter = None if deployed is None else deployed.name
-        if self._schedule is not None:
-            self._schedule.draft_changed()
+        if self._experience.schedule is not None:
+            self._experience.schedule.draft_changed()
         logger.debug("the draft wears %s (%s)", self.adapter or "no adapter", form)
 
-    def stream(self, request: Request, conversation: Conversation | None = None) -> Iterator[Event]:
+    def stream(
+        self,
+        request: Request,
+        conversation: Conversation | None = None,
+        experience: Experience | None = None,
+    ) -> Iterator[Event]:
         """Answer one request.
 
         Args:
             request: what to answer.
             conversation: its caches are reused as far as the prompt begins like its text; None for a
                 request that stands alone. Either begins with what is kept of past texts, where that is more.
+            experience: what is drafted by, and what learns from this answer; None is the engine's own.
 
         Yields:
             `PromptProgress` while the prompt is read, the `TextPiece`s of each round and its `RoundDone`,
@@ -220,7 +236,12 @@ class Engine:
             conversation.forget_draft(self.adapter)
         settings = self._decode_settings(request)
         answer = _Answer(request, settings, self.adapter, TextStream(self.tokenizer, request.stop))
-        stream = Stream(conversation, settings, self._pace(request))
+        stream = (experience or self._experience).open(
+            conversation,
+            settings,
+            num_suffix_tokens=request.num_suffix_tokens,
+            repeatable=request.seed is not None and not request.sampling.greedy,
+        )
         try:
             yield from self._read(answer, stream)
             yield from self._rounds(answer, stream)
@@ -235,14 +256,9 @@ class Engine:
                 self._keep(conversation)
             raise
         finally:
+            if stream.suffix is not None:
+                stream.suffix.finish(answer.token_ids)
             self._count_answer()
-
-    def _pace(self, request: Request) -> Pace | None:
-        """None where K is constant. What is sampled from a given seed shall come out the same again."""
-        if self._schedule is None or self.pair.draft is None or not request.num_draft_tokens:
-            return None
-        repeatable = request.seed is not None and not request.sampling.greedy
-        return self._schedule.open(request.num_draft_tokens, repeatable=repeatable)
 
     def _read(self, answer: _Answer, stream: Stream) -> Iterator[Event]:
         prompt = answer.request.prompt_tokens
@@ -266,7 +282,7 @@ class Engine:
             pieces = list(answer.take(outcome))
             # What the reader of the events does with them is not the models' time.
             answer.decode_s += time.perf_counter() - resumed_s
-            logger.debug("round: %d of %d drafts kept", outcome.accepted_tokens, outcome.drafted_tokens)
+            logger.debug("round: %s", outcome.summary)
             yield from pieces
             yield RoundDone()
             if answer.stopped:
@@ -297,9 +313,14 @@ class Engine:
             )
         )
 
-    def complete(self, request: Request, conversation: Conversation | None = None) -> Completion:
-        """Answer one request and return its end."""
-        *_, last = self.stream(request, conversation)
+    def complete(
+        self,
+        request: Request,
+        conversation: Conversation | None = None,
+        experience: Experience | None = None,
+    ) -> Completion:
+        """Answer one request and return its end; see `stream`."""
+        *_, last = self.stream(request, conversation, experience)
         if not isinstance(last, Completion):
             raise TypeError(f"a stream ended with {type(last).__name__}")
         return last
@@ -340,6 +361,11 @@ class _Answer:
         self._stream = stream
         self._last_kind = TokenKind.TARGET
 
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """As emitted."""
+        return tuple(token for outcome in self.rounds for token in outcome.tokens)
+
     def take(self, outcome: Round) -> Iterator[TextPiece]:
         """Add one round; yields the text that can be shown."""
         self.rounds.append(outcome)
@@ -373,7 +399,7 @@ class _Answer:
         traces = [outcome.trace for outcome in self.rounds if outcome.trace is not None]
         return Completion(
             text=self.text,
-            token_ids=tuple(token for outcome in self.rounds for token in outcome.tokens),
+            token_ids=self.token_ids,
             finish_reason=self.rounds[-1].finish_reason or FinishReason.LENGTH,
             prompt_tokens=len(self.request.prompt_tokens),
             cached_tokens=self.cached_tokens,

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 from draftloop.backends.architecture import Architecture, read_architecture
 from draftloop.backends.registry import open_backend
+from draftloop.config.schema import drafts_from_suffixes
 from draftloop.engine import Engine
-from draftloop.errors import ConfigError, ModelUnreadable
+from draftloop.errors import ConfigError, ModelUnreadable, StorageError
 from draftloop.learning.circle import School
 from draftloop.learning.deployment import ActiveAdapter, load_deployed
 from draftloop.learning.recorder import Recorder
@@ -32,6 +33,7 @@ from draftloop.speculation.calibration import calibrated_costs
 from draftloop.speculation.prefixes import PrefixCache
 from draftloop.speculation.schedule import Schedule
 from draftloop.speculation.stream import Pair
+from draftloop.speculation.suffix import BYTES_PER_TOKEN, SuffixIndex
 from draftloop.storage.records import PairKey
 from draftloop.storage.store import open_store
 
@@ -165,6 +167,7 @@ def load_prepared(
         active_adapter=ActiveAdapter(store, directory, pair) if store and adapter == ACTIVE else None,
         prefixes=PrefixCache(MEGABYTE * config.memory.prefix_cache_megabytes),
         schedule=_schedule(config, prepared, models),
+        suffixes=_suffixes(config, store if recorder else None),
     )
     if store is not None and adapter not in (ACTIVE, NONE):
         engine.wear(load_deployed(store, directory, adapter))
@@ -224,7 +227,27 @@ def _schedule(config: Config, prepared: Prepared, models: Pair) -> Schedule | No
         "target": heads_digest(prepared.target_folder),
         "draft": heads_digest(prepared.draft_folder),
     }
-    return Schedule(calibrated_costs(models, config.speculative.num_draft_tokens, facts))
+    suffix_tokens = config.speculative.suffix.max_draft_tokens if drafts_from_suffixes(config) else 0
+    k = config.speculative.num_draft_tokens
+    return Schedule(calibrated_costs(models, k, facts, suffix_tokens=suffix_tokens))
+
+
+def _suffixes(config: Config, store: Store | None) -> SuffixIndex | None:
+    """What suffix matches are looked for in: the target's newest stored answers, and those to come."""
+    if not drafts_from_suffixes(config):
+        return None
+    index = SuffixIndex(MEGABYTE * config.speculative.suffix.megabytes // BYTES_PER_TOKEN)
+    if store is not None:
+        started_s = time.perf_counter()
+        try:
+            answers = store.requests.recent_answers(config.models.target.name, index.max_answer_tokens)
+        except StorageError as error:
+            logger.warning("past answers are not drafted from: %s", error)
+            answers = []
+        for answer in answers:
+            index.add_answer(answer.tolist())
+        logger.debug("%d past answers read in %.2f s", len(answers), time.perf_counter() - started_s)
+    return index
 
 
 def _code_digest() -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 TRACE_TOP_TOKENS = 32
@@ -29,6 +30,8 @@ class TokenKind(StrEnum):
     BONUS = "bonus"
     TARGET = "target"
     """The target alone: the round had no draft."""
+    SUFFIX = "suffix"
+    """Kept of what a suffix match proposed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,15 @@ class Trace:
     tail_mass: NDArray[np.float32]
     draft_ids: NDArray[np.int32]
     draft_probs: NDArray[np.float32]
+
+    def without_draft(self) -> Trace:
+        """As if nothing had been proposed: what somebody else guessed says nothing about the draft."""
+        rows = len(self.draft_ids)
+        return replace(
+            self,
+            draft_ids=np.full(rows, -1, np.int32),
+            draft_probs=np.zeros(rows, np.float32),
+        )
 
     def head(self, rows: int) -> Trace:
         """The first `rows` positions."""

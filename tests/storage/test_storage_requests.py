@@ -184,10 +184,11 @@ def test_a_damaged_request_is_named_and_the_others_are_read(store: Store, sql: s
 def test_the_newest_answers_that_fit_come_oldest_first(
     store: Store, max_tokens: int, seeds: list[int]
 ) -> None:
+    """Of one target, whoever drafted."""
     rows = {0: 2, 1: 5, 2: 1, 3: 4}
+    pairs = {1: OTHER_PAIR, 2: PairKey("org/another-target", PAIR.draft)}
     for seed, length in rows.items():
-        pair = OTHER_PAIR if seed == 2 else PAIR
-        store.requests.add(make_request(seed=seed, rows=length, pair=pair))
-    answers = store.requests.recent_answers(PAIR, max_tokens)
+        store.requests.add(make_request(seed=seed, rows=length, pair=pairs.get(seed, PAIR)))
+    answers = store.requests.recent_answers(PAIR.target, max_tokens)
     expected = [make_request(seed=seed, rows=rows[seed]).answer_tokens for seed in seeds]
     assert [answer.tolist() for answer in answers] == [answer.tolist() for answer in expected]

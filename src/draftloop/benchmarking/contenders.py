@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from draftloop.engine import Engine
+    from draftloop.speculation.experience import Experience
     from draftloop.types import Sampling
 
 
@@ -28,12 +29,14 @@ class Job:
         max_tokens: of the answer, EOS included; EOS ends it sooner.
         sampling: temperature, top-p, top-k, min-p.
         seed: where a mode draws at random.
+        warm_up: nothing is to be learnt from the answer.
     """
 
     prompt_tokens: tuple[int, ...]
     max_tokens: int
     sampling: Sampling
     seed: int
+    warm_up: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +83,31 @@ class Contender(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """This program, with so many draft tokens a round; 0 is the target alone."""
+    """This program, with so many draft tokens a round, by the model and by suffix matches; 0 and 0 is the
+    target alone. What a mode learns from its answers stays its own: at the next prompt, no other mode's
+    answer to the same one helps it.
+    """
 
     name: str
     description: str
     engine: Engine
+    experience: Experience
     num_draft_tokens: int
+    num_suffix_tokens: int = 0
 
     def answer(self, job: Job) -> Answer:
         """See `Contender`. The first round reads the prompt's last token, as every round reads one."""
+        experience = self.engine.new_experience() if job.warm_up else self.experience
         completion = self.engine.complete(
             Request(
                 prompt_tokens=job.prompt_tokens,
                 sampling=job.sampling,
                 max_tokens=job.max_tokens,
                 num_draft_tokens=self.num_draft_tokens,
+                num_suffix_tokens=self.num_suffix_tokens,
                 seed=job.seed,
-            )
+            ),
+            experience=experience,
         )
         tally = completion.tally
         return Answer(

@@ -36,7 +36,7 @@ def interleave(
     Yields:
         For each job, in order, the answers by contender's name, in the contenders' order.
     """
-    warm_up = replace(jobs[0], max_tokens=min(WARM_UP_TOKENS, jobs[0].max_tokens))
+    warm_up = replace(jobs[0], max_tokens=min(WARM_UP_TOKENS, jobs[0].max_tokens), warm_up=True)
     for contender in contenders:
         contender.answer(warm_up)
     for index, job in enumerate(jobs):

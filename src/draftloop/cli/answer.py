@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from draftloop.engine import Completion, Event, PromptProgress
     from draftloop.types import TokenKind
 
-ACCEPTED_STYLE = "green"
+ACCEPTED_STYLE, SUFFIX_STYLE = "green", "cyan"
 SLOW_PROMPT_TOKENS = 256
 """A longer rest of a prompt takes long enough to show how far it is."""
 
@@ -58,7 +58,10 @@ class AnswerWriter:
             from rich.text import Text
 
             accepted = Text("accepted draft tokens", style=ACCEPTED_STYLE)
-            err_console().print(Text.assemble("colours: ", accepted, ", the target's own tokens"))
+            found = Text("what a suffix match found", style=SUFFIX_STYLE)
+            err_console().print(
+                Text.assemble("colours: ", accepted, ", ", found, ", the target's own tokens")
+            )
 
 
 def painted(text: str, kind: TokenKind) -> str:
@@ -68,9 +71,10 @@ def painted(text: str, kind: TokenKind) -> str:
 
     from draftloop.types import TokenKind
 
-    if kind is not TokenKind.ACCEPTED:
+    names = {TokenKind.ACCEPTED: ACCEPTED_STYLE, TokenKind.SUFFIX: SUFFIX_STYLE}
+    if kind not in names:
         return text
-    style = Style.parse(ACCEPTED_STYLE)
+    style = Style.parse(names[kind])
     return "\n".join(style.render(line, color_system=ColorSystem.STANDARD) for line in text.split("\n"))
 
 

@@ -54,6 +54,14 @@ class AnswerOptions:
     adapter: str = ACTIVE_ADAPTER
     source: str = ""
 
+    @property
+    def num_suffix_tokens(self) -> int:
+        """The most that a suffix match may propose; 0 where none is looked for."""
+        from draftloop.config.schema import drafts_from_suffixes
+
+        wanted = self.with_draft and drafts_from_suffixes(self.config)
+        return self.config.speculative.suffix.max_draft_tokens if wanted else 0
+
     def request(self, prompt_tokens: Sequence[int], provenance: Provenance | None = None) -> Request:
         """Ask for the answer to these tokens; without a provenance it is not stored."""
         from draftloop.engine import Request
@@ -64,6 +72,7 @@ class AnswerOptions:
             max_tokens=self.config.generation.max_tokens,
             min_tokens=self.config.generation.min_tokens,
             num_draft_tokens=self.config.speculative.num_draft_tokens if self.with_draft else 0,
+            num_suffix_tokens=self.num_suffix_tokens,
             stop=self.stop,
             seed=self.seed,
             provenance=provenance,

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from draftloop.engine import Engine
     from draftloop.loading import Prepared
 
-TARGET, SPECULATIVE = OUR_MODES = ("target", "speculative")
+TARGET, SPECULATIVE, DRAFT, SUFFIX = OUR_MODES = ("target", "speculative", "draft", "suffix")
 INSTALLED = "installed"
 BEST_SUFFIX = " best"
 
@@ -47,7 +47,8 @@ Modes = Annotated[
     typer.Option(
         "--modes",
         metavar="LIST",
-        help="What is measured, separated by commas: target, speculative, and modes of peers "
+        help="What is measured, separated by commas: target, speculative; its parts draft (the model "
+        "alone) and suffix (suffix matches alone); and modes of peers "
         "(llama.cpp, llama.cpp+draft, mlx-lm, transformers).",
     ),
 ]
@@ -107,6 +108,7 @@ def benchmark(
         adapter=adapter,
     )
     check_plot(plot)
+    _check_suffix(modes, asked)
     peers = _peers_of(names := _named(modes, "--modes"), against)
     names = [*names, *(mode for mode in peers if mode not in names)]
     asked = replace(asked, with_draft=set(names) != {TARGET})
@@ -172,6 +174,19 @@ def check_plot(path: Path | None) -> None:
         raise InputError(f"--plot {path} is no .svg file", remedy="The chart is SVG: name it so.")
     if not path.parent.is_dir():
         raise InputError(f"--plot {path}: there is no folder {path.parent}", remedy="Make it first.")
+
+
+def _check_suffix(modes: str, asked: AnswerOptions) -> None:
+    """Whether what the mode `suffix` measures is there.
+
+    Raises:
+        InputError: the settings switch it off.
+    """
+    if SUFFIX in _named(modes, "--modes") and not asked.num_suffix_tokens:
+        raise InputError(
+            "--modes suffix: the settings draft from no suffix match",
+            remedy="Set speculative.suffix.enabled to true and speculative.schedule to adaptive.",
+        )
 
 
 def _named(text: str, flag: str) -> list[str]:
@@ -260,11 +275,13 @@ def _open(
             return stack.enter_context(open_peer(wanted.peers[mode], mode, wanted.setups[mode]))
     capabilities = engine.backend.capabilities()
     name = f"draftloop, {capabilities.backend} {capabilities.version} on {capabilities.device}"
-    if mode == TARGET:
-        return Ours(mode, f"{name}, the target alone", engine, 0)
-    k = asked.config.speculative.num_draft_tokens
+    k = asked.config.speculative.num_draft_tokens if mode in (SPECULATIVE, DRAFT) else 0
+    matched = asked.num_suffix_tokens if mode in (SPECULATIVE, SUFFIX) else 0
     worn = f"adapter {engine.adapter}" if engine.adapter else "no adapter"
-    return Ours(mode, f"{name}, up to {k} draft tokens, {worn}", engine, k)
+    parts = [f"up to {k} draft tokens, {worn}"] if k else []
+    parts += [f"suffix matches of up to {matched} tokens"] if matched else []
+    told = ", ".join(parts) or "the target alone"
+    return Ours(mode, f"{name}, {told}", engine, engine.new_experience(), k, matched)
 
 
 def _measure(contenders: Sequence[Contender], jobs: Sequence[Job]) -> list[Mapping[str, Answer]]:

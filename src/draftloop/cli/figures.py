@@ -34,6 +34,9 @@ def completion_figures(completion: Completion) -> dict[str, Any]:
         "seed": completion.seed,
         "prompt_tokens_per_s": rounded(_prompt_speed(completion), 2),
         "cached_tokens": completion.cached_tokens,
+        "suffix_rounds": tally.suffix_rounds,
+        "suffix_drafted_tokens": tally.suffix_drafted_tokens,
+        "suffix_accepted_tokens": tally.suffix_accepted_tokens,
     }
 
 
@@ -82,8 +85,13 @@ def speed_line(tally: Tally, tokens_per_s: float | None, threshold: float | str)
     """
     parts = [f"{shown(tokens_per_s, 1)} tok/s"]
     rate = tally.acceptance_rate
+    if rate is not None or tally.suffix_rounds:
+        parts.append(f"tau {shown(tally.tau, 2)}")
+    if tally.suffix_rounds:
+        kept = f"{tally.suffix_accepted_tokens} of {tally.suffix_drafted_tokens}"
+        parts.append(f"suffix matches {kept} kept")
     if rate is not None:
-        parts += [f"tau {shown(tally.tau, 2)}", f"alpha {shown(tally.alpha, 2)}"]
+        parts.append(f"alpha {shown(tally.alpha, 2)}")
         below = isinstance(threshold, float | int) and rate < threshold
         note = f", below speculative.acceptance_threshold = {threshold}" if below else ""
         parts.append(f"acceptance_rate {shown(rate, 2)}{note}")

@@ -92,11 +92,20 @@ class ModelSettings(Settings):
     draft: DraftSettings = DraftSettings()
 
 
+class SuffixSettings(Settings):
+    """Drafts that cost nothing: what followed the text's end before."""
+
+    enabled: bool = True
+    max_draft_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)] = 15
+    megabytes: CountOrNone = 16
+
+
 class SpeculativeSettings(Settings):
     """The round, and how logits become a distribution."""
 
     num_draft_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)] = 4
     schedule: Literal["adaptive", "fixed"] = "adaptive"
+    suffix: SuffixSettings = SuffixSettings()
     temperature: Annotated[float, Field(ge=0), AfterValidator(_temperature)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     top_k: CountOrNone = 0
@@ -213,6 +222,11 @@ class Config(Settings):
         if self.backend == "numpy" and self.device == "gpu":
             raise _contradiction("device", "auto or cpu, because backend: numpy has no other device")
         return self
+
+
+def drafts_from_suffixes(config: Config) -> bool:
+    """Whether answers draft from suffix matches: under `fixed` every round drafts K tokens by the model."""
+    return config.speculative.suffix.enabled and config.speculative.schedule == "adaptive"
 
 
 def _contradiction(key: str, right: str) -> PydanticCustomError:

@@ -89,7 +89,8 @@ def _rate(summary: RequestSummary) -> float | None:
     """
     alpha, k = mean_alpha(summary.alpha_sum, summary.tested_tokens), summary.num_draft_tokens
     # Where max_tokens ends an answer, its last rounds have room for K - 1, K - 2 … 0 drafts.
-    full_rounds = summary.drafted_tokens >= k * summary.rounds - k * (k + 1) // 2
+    rounds = summary.rounds - summary.suffix_rounds
+    full_rounds = summary.drafted_tokens >= k * rounds - k * (k + 1) // 2
     if alpha is None or full_rounds:
         return acceptance_rate(summary.accepted_tokens, summary.drafted_tokens)
     return constant_acceptance_rate(alpha, k)

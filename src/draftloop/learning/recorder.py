@@ -16,6 +16,7 @@ import numpy as np
 
 from draftloop.errors import StorageError
 from draftloop.learning.watch import revert_if_falling
+from draftloop.speculation.metrics import Tally
 from draftloop.storage.records import RequestRecord, TraceRows
 from draftloop.types import TokenKind
 
@@ -120,6 +121,9 @@ class Recorder:
 
     def _record_of(self, answered: Answered) -> RequestRecord:
         provenance, settings, rounds = answered.provenance, answered.settings, answered.rounds
+        tally = Tally()
+        for outcome in rounds:
+            tally.add(outcome)
         prompt = np.asarray(answered.prompt_tokens, np.int32)
         return RequestRecord(
             created_s=time.time(),
@@ -137,14 +141,19 @@ class Recorder:
             num_draft_tokens=settings.num_draft_tokens,
             seed=settings.seed,
             finish_reason=answered.finish_reason,
-            rounds=len(rounds),
-            drafted_tokens=sum(outcome.drafted_tokens for outcome in rounds),
-            accepted_tokens=sum(outcome.accepted_tokens for outcome in rounds),
-            tested_tokens=sum(len(outcome.alphas) for outcome in rounds),
-            alpha_sum=sum(sum(outcome.alphas) for outcome in rounds),
+            rounds=tally.rounds,
+            drafted_tokens=tally.drafted_tokens,
+            accepted_tokens=tally.accepted_tokens,
+            tested_tokens=tally.tested_tokens,
+            alpha_sum=tally.alpha_sum,
             prompt_s=answered.prompt_s,
             decode_s=answered.decode_s,
             traces=trace_rows(rounds),
+            suffix_rounds=tally.suffix_rounds,
+            suffix_tokens=tally.suffix_tokens,
+            suffix_drafted_tokens=tally.suffix_drafted_tokens,
+            suffix_accepted_tokens=tally.suffix_accepted_tokens,
+            suffix_s=tally.suffix_s,
         )
 
 

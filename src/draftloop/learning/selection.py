@@ -141,12 +141,13 @@ def _ids(summaries: Iterable[RequestSummary]) -> tuple[int, ...]:
 def _timed_round(drafted: Sequence[RequestSummary], num_draft_tokens: int) -> TimedRound | None:
     """The mean round of the median request, of the newest ones with that cap.
 
-    K may have varied from round to round, so its drafts are counted, not taken to be the cap.
+    K may have varied from round to round, so its drafts are counted, not taken to be the cap. Rounds in which
+    a suffix match proposed are no rounds of the draft's.
     """
     rounds = [
-        TimedRound(one.decode_s / one.rounds, one.drafted_tokens / one.rounds)
+        TimedRound((one.decode_s - one.suffix_s) / count, one.drafted_tokens / count)
         for one in drafted
-        if one.num_draft_tokens == num_draft_tokens
+        if one.num_draft_tokens == num_draft_tokens and (count := one.rounds - one.suffix_rounds)
     ]
     recent = sorted(rounds[-RECENT_ROUNDS:], key=lambda one: one.seconds)
     return recent[len(recent) // 2] if recent else None

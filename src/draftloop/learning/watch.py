@@ -89,7 +89,7 @@ def _by_kind(requests: Sequence[RequestSummary]) -> dict[Kind, list[float]]:
     for one in requests:
         alpha = mean_alpha(one.alpha_sum, one.tested_tokens)
         if alpha is not None:
-            depth = round(one.drafted_tokens / one.rounds)
+            depth = round(one.drafted_tokens / (one.rounds - one.suffix_rounds))
             alphas.setdefault((one.domain, one.temperature, depth), []).append(alpha)
     return alphas
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftloop.config import Config, flatten
-from draftloop.config.schema import MIN_SEQUENCE_TOKENS
+from draftloop.config.schema import MIN_SEQUENCE_TOKENS, drafts_from_suffixes
 from draftloop.errors import MemoryPlanError
 
 if TYPE_CHECKING:
@@ -263,7 +263,9 @@ def training_logit_bytes(draft: Architecture, config: Config) -> int:
 def _parts(target: Architecture, draft: Architecture | None, config: Config) -> tuple[Part, ...]:
     rows = config.speculative.num_draft_tokens + 1
     target_tokens = config.models.target.max_kv_cache_tokens
-    scratch = generation_scratch_bytes(target, rows, target_tokens)
+    remembered = draft is not None and drafts_from_suffixes(config)
+    most_rows = max(rows, config.speculative.suffix.max_draft_tokens + 1) if remembered else rows
+    scratch = generation_scratch_bytes(target, most_rows, target_tokens)
     target_cache = kv_cache_bytes(target, target_tokens)
     generation, training, both = (True, False), (False, True), (True, True)
     entries = [
@@ -283,6 +285,8 @@ def _parts(target: Architecture, draft: Architecture | None, config: Config) -> 
             ("training: activations", training_activation_bytes(draft, config), training),
             ("training: logits", training_logit_bytes(draft, config), training),
         ]
+    if remembered:
+        entries.append(("past answers", MEGABYTE * config.speculative.suffix.megabytes, generation))
     entries += [
         ("prefix cache", MEGABYTE * config.memory.prefix_cache_megabytes, generation),
         ("activations and logits of a round", scratch, generation),
@@ -355,6 +359,7 @@ def _floors(config: Config, *, training: bool) -> dict[str, int]:
             "models.target.max_kv_cache_tokens": kv_tokens,
             "models.draft.max_kv_cache_tokens": kv_tokens,
             "memory.prefix_cache_megabytes": 0,
+            "speculative.suffix.megabytes": 0,
         }
     return {
         "training.lora.rank": 1,

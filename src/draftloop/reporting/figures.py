@@ -52,8 +52,8 @@ class Figures:
 
     @property
     def tau(self) -> float | None:
-        """Tokens a round."""
-        return self.tally.tau
+        """Tokens a round of the draft's."""
+        return self.tally.draft_tau
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -122,6 +122,8 @@ def figures_of(summaries: Sequence[RequestSummary]) -> Figures:
         accepted_tokens=sum(one.accepted_tokens for one in drafted),
         tested_tokens=sum(one.tested_tokens for one in drafted),
         alpha_sum=sum(one.alpha_sum for one in drafted),
+        suffix_rounds=sum(one.suffix_rounds for one in drafted),
+        suffix_tokens=sum(one.suffix_tokens for one in drafted),
     )
     tokens = sum(one.num_answer_tokens for one in summaries)
     return Figures(len(summaries), len(drafted), tokens, tally, sum(one.decode_s for one in drafted))
@@ -133,8 +135,8 @@ def alpha_of(summary: RequestSummary) -> float | None:
 
 
 def tau_of(summary: RequestSummary) -> float | None:
-    """One request's tau."""
-    return tokens_per_round(summary.num_answer_tokens, summary.rounds)
+    """One request's tau, of the rounds that the draft model drafted or nobody did."""
+    return tokens_per_round(*_draft_rounds(summary))
 
 
 def rolling_window(num_requests: int) -> int:
@@ -152,9 +154,7 @@ def rolling_alpha(drafted: Sequence[RequestSummary]) -> list[list[RollingPoint]]
 
 def rolling_tau(drafted: Sequence[RequestSummary]) -> list[list[RollingPoint]]:
     """Tau, as `rolling_alpha`."""
-    return _rolling(
-        drafted, lambda one: (one.num_answer_tokens, one.rounds), lambda a, b: tokens_per_round(round(a), b)
-    )
+    return _rolling(drafted, _draft_rounds, tokens_per_round)
 
 
 def stretches_of(drafted: Sequence[RequestSummary]) -> list[Stretch]:
@@ -195,6 +195,11 @@ def _domain(name: str, summaries: Sequence[RequestSummary]) -> Domain:
     drafted = drafted_of(summaries)
     first, last = first_and_last(drafted)
     return Domain(name, figures_of(summaries), first, last, tuple(drafted))
+
+
+def _draft_rounds(summary: RequestSummary) -> tuple[int, int]:
+    """Tokens, and the rounds that emitted them, without those in which a suffix match proposed."""
+    return summary.num_answer_tokens - summary.suffix_tokens, summary.rounds - summary.suffix_rounds
 
 
 def _rolling(

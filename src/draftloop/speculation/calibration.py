@@ -39,23 +39,27 @@ CONTEXT_TOKENS, READ_TOKENS = 64, 48
 """What a token of a backlog costs is the difference between reading so many and half of them: on a GPU both
 are beyond what a graph was recorded for, as a backlog is."""
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 32, 48, 64)
-"""Those up to K + 1 are measured, and K + 1; kernels work in blocks, so the small ones matter each."""
+"""Those below the widest round are measured, that round and K + 1; kernels work in blocks, so the small ones
+matter each."""
 FORMAT = 1
 
 _NUMBERS = ("draft_s", "draft_round_s", "read_s")
 
 
-def measure_costs(pair: Pair, cap: int, clock: Callable[[], float] = time.perf_counter) -> RoundCosts:
+def measure_costs(
+    pair: Pair, cap: int, clock: Callable[[], float] = time.perf_counter, *, suffix_tokens: int = 0
+) -> RoundCosts:
     """Time the target's steps and the draft's, in turn, and keep each one's quickest: what nobody disturbed.
 
     Args:
         pair: with a draft. Its caches must hold CONTEXT_TOKENS, or as many as there are, less a round.
         cap: K, at least 1.
         clock: seconds.
+        suffix_tokens: the most that is proposed without a model; as many are verified as the cache holds.
     """
     if pair.draft is None:
         raise ValueError("without a draft there is nothing to choose")
-    widths = [*(width for width in WIDTHS if width <= cap), cap + 1]
+    widths = _widths(cap, min(suffix_tokens, pair.target.new_cache().max_tokens - 2))
     target, draft = _filled(pair.target, max(widths)), _filled(pair.draft, max(cap, READ_TOKENS))
     most = min(READ_TOKENS, draft.max_tokens - draft.position)
     few, many = 1, max(cap, 2)
@@ -88,7 +92,12 @@ def measure_costs(pair: Pair, cap: int, clock: Callable[[], float] = time.perf_c
 
 
 def calibrated_costs(
-    pair: Pair, cap: int, facts: Mapping[str, str], clock: Callable[[], float] = time.perf_counter
+    pair: Pair,
+    cap: int,
+    facts: Mapping[str, str],
+    clock: Callable[[], float] = time.perf_counter,
+    *,
+    suffix_tokens: int = 0,
 ) -> RoundCosts:
     """The costs from the file of these facts, or measured now and stored there.
 
@@ -97,15 +106,16 @@ def calibrated_costs(
         cap: K.
         facts: all that costs depend on: machine, backend, device, models.
         clock: seconds.
+        suffix_tokens: see `measure_costs`.
     """
-    key = {**facts, "num_draft_tokens": str(cap)}
+    key = {**facts, "num_draft_tokens": str(cap), "suffix_tokens": str(suffix_tokens)}
     path = calibration_path(key)
     known = _costs_of(read_json(path), key)
     if known is not None:
         logger.debug("round costs from %s: %s", path, known)
         return known
     started_s = time.perf_counter()
-    costs = measure_costs(pair, cap, clock)
+    costs = measure_costs(pair, cap, clock, suffix_tokens=suffix_tokens)
     logger.debug("round costs measured in %.1f s: %s", time.perf_counter() - started_s, costs)
     try:
         write_json(path, _stored(costs, key))
@@ -147,6 +157,12 @@ def _costs_of(stored: Mapping[str, object], key: Mapping[str, str]) -> RoundCost
     if not whole or not all(math.isfinite(number) and number >= 0 for number in numbers):
         return None
     return RoundCosts(verify_s, draft_s, draft_round_s, read_s) if verify_s[0][1] > 0 else None
+
+
+def _widths(cap: int, suffix_tokens: int) -> list[int]:
+    """What is verified: WIDTHS as far as rounds go, and the widest round of either drafter."""
+    widest = max(cap, suffix_tokens) + 1
+    return sorted({*(width for width in WIDTHS if width < widest), cap + 1, widest})
 
 
 def _filled(model: Model, room: int) -> Cache:

@@ -32,11 +32,13 @@ class Offer:
         choice: how many tokens it would propose, and the tokens a second to expect; 0 is the target alone.
         by_model: whether a model drafts, which takes time.
         backlog_tokens: what it would have to read first, beyond what it reads in every round.
+        tokens: what it would propose, where that is known already.
     """
 
     choice: Choice
     by_model: bool = True
     backlog_tokens: int = 0
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,29 @@ class ModelDrafter:
                 )
             )
         return self._draft.propose(jobs)
+
+
+class SuffixDrafter:
+    """What followed the text's end before, in it or in past answers; the tokens cost nothing to find.
+
+    It may propose more than `num_draft_tokens`; the draft model reads what was kept when it drafts again.
+    """
+
+    def offer(self, stream: Stream) -> Offer | None:
+        """See `Drafter`."""
+        if stream.suffix is None:
+            return None
+        match = stream.suffix.guess(stream.conversation.tokens, stream.remaining_tokens - 1)
+        if match is None:
+            return None
+        choice = stream.pace.choose_free(match.acceptance)
+        if not choice.num_draft_tokens:
+            return None
+        return Offer(choice, by_model=False, tokens=match.tokens[: choice.num_draft_tokens])
+
+    def propose(self, streams: Sequence[Stream], offers: Sequence[Offer]) -> list[Proposal]:  # noqa: ARG002
+        """See `Drafter`. Each q is a point mass."""
+        return [Proposal(offer.tokens, None, len(offer.tokens)) for offer in offers]
 
 
 def draft_budget(stream: Stream) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -84,7 +84,15 @@ def _expected_walk(alphas: Sequence[float], num_draft_tokens: int) -> tuple[floa
 
 @dataclass(slots=True)
 class Tally:
-    """Running sums over rounds. The metrics are derived from them when asked for."""
+    """Running sums over rounds. The metrics are derived from them when asked for.
+
+    Attributes:
+        rounds, completion_tokens: all of them.
+        drafted_tokens, accepted_tokens, tested_tokens, alpha_sum: the draft model's.
+        suffix_rounds, suffix_tokens, suffix_s: rounds that a suffix match proposed in, what they emitted, and
+            what they took; all three are counted above as well.
+        suffix_drafted_tokens, suffix_accepted_tokens: what the matches proposed, and what was kept of it.
+    """
 
     rounds: int = 0
     completion_tokens: int = 0
@@ -92,6 +100,11 @@ class Tally:
     accepted_tokens: int = 0
     tested_tokens: int = 0
     alpha_sum: float = field(default=0.0)
+    suffix_rounds: int = 0
+    suffix_tokens: int = 0
+    suffix_drafted_tokens: int = 0
+    suffix_accepted_tokens: int = 0
+    suffix_s: float = 0.0
 
     def add(self, outcome: Round) -> None:
         """Count one round."""
@@ -101,15 +114,17 @@ class Tally:
         self.accepted_tokens += outcome.accepted_tokens
         self.tested_tokens += len(outcome.alphas)
         self.alpha_sum += sum(outcome.alphas)
+        if outcome.from_suffix:
+            self.suffix_rounds += 1
+            self.suffix_tokens += len(outcome.tokens)
+            self.suffix_drafted_tokens += outcome.suffix_drafted_tokens
+            self.suffix_accepted_tokens += outcome.suffix_accepted_tokens
+            self.suffix_s += outcome.seconds or 0.0
 
     def merge(self, other: Tally) -> None:
         """Count another tally's rounds as one's own."""
-        self.rounds += other.rounds
-        self.completion_tokens += other.completion_tokens
-        self.drafted_tokens += other.drafted_tokens
-        self.accepted_tokens += other.accepted_tokens
-        self.tested_tokens += other.tested_tokens
-        self.alpha_sum += other.alpha_sum
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -123,5 +138,10 @@ class Tally:
 
     @property
     def tau(self) -> float | None:
-        """Of everything counted."""
+        """Of everything counted, suffix matches included."""
         return tokens_per_round(self.completion_tokens, self.rounds)
+
+    @property
+    def draft_tau(self) -> float | None:
+        """Of the rounds without suffix matches: what the draft is worth."""
+        return tokens_per_round(self.completion_tokens - self.suffix_tokens, self.rounds - self.suffix_rounds)

@@ -9,34 +9,39 @@ Source: Leviathan et al. 2023, Algorithm 1.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from draftloop.backends.base import VerifyJob
-from draftloop.speculation.drafters import ModelDrafter, propose
+from draftloop.speculation.drafters import ModelDrafter, SuffixDrafter, propose
 from draftloop.speculation.schedule import Timed
-from draftloop.types import FinishReason
+from draftloop.types import FinishReason, TokenKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from draftloop.speculation.drafters import Drafted
+    from draftloop.speculation.drafters import Drafted, Drafter
     from draftloop.speculation.stream import Pair, Stream
-    from draftloop.types import TokenKind, Trace, Verdict
+    from draftloop.types import Trace, Verdict
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
     """What one round did to one stream.
 
+    A round drafts by the model or from a suffix match; what the match proposed counts apart, for it says
+    nothing about the draft.
+
     Attributes:
         tokens: emitted, in order; the last one may be EOS.
         kinds: how each came to be.
-        drafted_tokens: proposed and not cut off by the end of the answer.
+        drafted_tokens: proposed by the draft model and not cut off by the end of the answer.
         accepted_tokens: how many of those were kept.
-        alphas: Σ_x min(p(x), q(x)) at each tested position.
+        alphas: Σ_x min(p(x), q(x)) at each position of the draft model's that was tested.
         finish_reason: set in the answer's last round.
         trace: the target's top tokens at each emitted position, where asked for.
+        suffix_drafted_tokens, suffix_accepted_tokens: the same of a suffix match.
+        seconds: what it took; None where other streams shared it.
     """
 
     tokens: tuple[int, ...]
@@ -46,6 +51,21 @@ class Round:
     alphas: tuple[float, ...]
     finish_reason: FinishReason | None
     trace: Trace | None
+    suffix_drafted_tokens: int = 0
+    suffix_accepted_tokens: int = 0
+    seconds: float | None = field(default=None, compare=False)
+
+    @property
+    def from_suffix(self) -> bool:
+        """Whether a suffix match proposed."""
+        return self.suffix_drafted_tokens > 0
+
+    @property
+    def summary(self) -> str:
+        """One line for the log."""
+        if self.from_suffix:
+            return f"{self.suffix_accepted_tokens} of {self.suffix_drafted_tokens} of a suffix match kept"
+        return f"{self.accepted_tokens} of {self.drafted_tokens} drafts kept"
 
     def cut(self, num_tokens: int) -> Round:
         """This round as if the text ended behind its first `num_tokens` tokens.
@@ -54,14 +74,18 @@ class Round:
         """
         if num_tokens >= len(self.tokens):
             return self
-        return Round(
+        by_model, by_suffix = (0, num_tokens) if self.from_suffix else (num_tokens, 0)
+        return replace(
+            self,
             tokens=self.tokens[:num_tokens],
             kinds=self.kinds[:num_tokens],
-            drafted_tokens=num_tokens,
-            accepted_tokens=num_tokens,
+            drafted_tokens=by_model,
+            accepted_tokens=by_model,
             alphas=self.alphas[:num_tokens],
             finish_reason=FinishReason.STOP,
             trace=self.trace.head(num_tokens) if self.trace else None,
+            suffix_drafted_tokens=by_suffix,
+            suffix_accepted_tokens=by_suffix,
         )
 
 
@@ -76,8 +100,8 @@ def run_round(
         clock: seconds; what a round took is told where it was one stream's alone.
     """
     started_s = clock()
-    drafters = () if pair.draft is None else (ModelDrafter(pair.draft),)
-    drafted = propose(drafters, streams)
+    drafters: list[Drafter] = [] if pair.draft is None else [ModelDrafter(pair.draft)]
+    drafted = propose([*drafters, SuffixDrafter()], streams)
     jobs = []
     for stream, one in zip(streams, drafted, strict=True):
         start, k = stream.emitted_tokens, one.proposal.num_tokens
@@ -93,11 +117,12 @@ def run_round(
             )
         )
     verdicts = pair.target.verify(jobs)
-    outcomes = [_settle(stream, verdict) for stream, verdict in zip(streams, verdicts, strict=True)]
+    together = zip(streams, drafted, verdicts, strict=True)
+    outcomes = [_settle(stream, one, verdict) for stream, one, verdict in together]
     seconds = clock() - started_s if len(streams) == 1 else None
     for stream, one, outcome in zip(streams, drafted, outcomes, strict=True):
         stream.pace.observe(_timed(one, outcome, seconds))
-    return outcomes
+    return [replace(outcome, seconds=seconds) for outcome in outcomes]
 
 
 def decode(pair: Pair, stream: Stream, clock: Callable[[], float] = time.perf_counter) -> Iterator[Round]:
@@ -120,7 +145,7 @@ def _timed(drafted: Drafted, outcome: Round, seconds: float | None) -> Timed:
     )
 
 
-def _settle(stream: Stream, verdict: Verdict) -> Round:
+def _settle(stream: Stream, drafted: Drafted, verdict: Verdict) -> Round:
     """Append what was emitted, cut at EOS, and trim both caches to it."""
     ends = [i + 1 for i, token in enumerate(verdict.tokens) if token in stream.settings.eos_token_ids]
     outcome = Round(
@@ -132,6 +157,8 @@ def _settle(stream: Stream, verdict: Verdict) -> Round:
         finish_reason=FinishReason.STOP if ends else None,
         trace=verdict.trace,
     )
+    if drafted.offer is not None and not drafted.offer.by_model:
+        outcome = _counted_apart(outcome)
     if ends:
         outcome = outcome.cut(ends[0])
     stream.conversation.tokens.extend(outcome.tokens)
@@ -140,3 +167,18 @@ def _settle(stream: Stream, verdict: Verdict) -> Round:
     if outcome.finish_reason is None and stream.remaining_tokens < 1:
         return replace(outcome, finish_reason=FinishReason.LENGTH)
     return outcome
+
+
+def _counted_apart(outcome: Round) -> Round:
+    """The same round, its drafts a suffix match's and not the draft model's."""
+    kinds = (TokenKind.SUFFIX if kind is TokenKind.ACCEPTED else kind for kind in outcome.kinds)
+    return replace(
+        outcome,
+        kinds=tuple(kinds),
+        drafted_tokens=0,
+        accepted_tokens=0,
+        alphas=(),
+        trace=outcome.trace.without_draft() if outcome.trace else None,
+        suffix_drafted_tokens=outcome.drafted_tokens,
+        suffix_accepted_tokens=outcome.accepted_tokens,
+    )

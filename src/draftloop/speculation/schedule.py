@@ -196,7 +196,7 @@ class Schedule:
         """The pace of one answer.
 
         Args:
-            num_draft_tokens: the most that the draft model drafts in a round, at least 1.
+            num_draft_tokens: the most that the draft model drafts in a round; 0 where only others draft.
             repeatable: choose by the calibration and by this answer's own rounds alone, so that the same
                 seed gives the same text again: sampled tokens depend on where the rounds end. The first
                 answer of a schedule is chosen for in the same way.
@@ -237,7 +237,7 @@ class AdaptivePace:
         alone, cap = self._alone(), min(cap, self._cap)
         if cap < 1:
             return alone
-        drafting = best_choice(self._prices, self._acceptance.chances(cap), least=1)
+        drafting = self._drafting(cap)
         backlog_s = backlog_tokens * self._schedule.costs.calibrated.read_s
         ahead = min(remaining_tokens, HORIZON_TOKENS)
         if backlog_s + ahead / drafting.tokens_per_s < ahead / alone.tokens_per_s:
@@ -248,17 +248,23 @@ class AdaptivePace:
         return drafting if self._probes.due(backlog_s, loss_s) else alone
 
     def choose_free(self, chances: Sequence[float]) -> Choice:
-        """See `Pace`."""
-        return best_choice(self._prices, chances, by_model=False)
+        """See `Pace`. Where the draft is worth asking, it will have to read what is emitted meanwhile."""
+        choice = best_choice(self._prices, chances, by_model=False)
+        if not self._cap or self._drafting(self._cap).tokens_per_s <= self._alone().tokens_per_s:
+            return choice
+        read_s = self._schedule.costs.calibrated.read_s
+        return Choice(choice.num_draft_tokens, 1 / (1 / choice.tokens_per_s + read_s))
 
     def reads_along(self, backlog_tokens: int, remaining_tokens: int) -> bool:
         """See `Pace`. Where drafting would not pay, a probe reads the prompt later, if one comes.
 
         What the draft lacks depends on earlier texts; an answer that may not depend on them reads along.
         """
+        if not self._cap:
+            return False
         if self._fresh:
             return True
-        drafting = best_choice(self._prices, self._acceptance.chances(self._cap), least=1)
+        drafting = self._drafting(self._cap)
         saved_s = 1 / self._alone().tokens_per_s - 1 / drafting.tokens_per_s
         read_s = self._schedule.costs.calibrated.read_s
         return backlog_tokens * read_s < min(remaining_tokens, HORIZON_TOKENS) * saved_s
@@ -275,6 +281,9 @@ class AdaptivePace:
             self._probes.passed_drafting()
         else:
             self._probes.passed_alone(self._prices.round_s(0))
+
+    def _drafting(self, cap: int) -> Choice:
+        return best_choice(self._prices, self._acceptance.chances(cap), least=1)
 
     def _alone(self) -> Choice:
         return Choice(0, 1 / self._prices.round_s(0))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from draftloop.backends.base import Cache, Model
     from draftloop.speculation.schedule import Pace
+    from draftloop.speculation.suffix import SuffixText
 
     Tokens = Sequence[int] | NDArray[np.int32]
 
@@ -97,12 +98,18 @@ class Stream:
         conversation: its caches hold the prompt.
         settings: how it is decoded.
         pace: how many tokens each round drafts; None is `num_draft_tokens` in every round.
+        suffix: proposes what followed the text's end before; None drafts from no earlier text.
     """
 
     def __init__(
-        self, conversation: Conversation, settings: DecodeSettings, pace: Pace | None = None
+        self,
+        conversation: Conversation,
+        settings: DecodeSettings,
+        pace: Pace | None = None,
+        suffix: SuffixText | None = None,
     ) -> None:
         self.pace = pace or FixedPace(settings.num_draft_tokens)
+        self.suffix = suffix
         self.conversation = conversation
         self.settings = settings
         self.uniforms = Uniforms(settings.seed)

@@ -1,7 +1,5 @@
 """Drafts that cost nothing: where the end of the text stood before, what followed it may follow again.
 
-Rounds do not draft from it yet: `benchmarks/suffix.py` replays stored answers through it.
-
 Contract: token ids go in, a guess with its chances comes out; a call takes tens of microseconds, memory
 is bounded, and the same calls in the same order give the same guesses. Must not know models, rounds or the
 store.
@@ -22,7 +20,7 @@ from typing import TYPE_CHECKING
 from draftloop.speculation.smoothing import SmoothedRatio
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 MIN_MATCH_TOKENS = 2
 """Two tokens often recur by chance, which their estimate tells; on 36 stored answers of one kind the index
@@ -33,6 +31,8 @@ MAX_PLACES = 16
 """So many of the newest places are looked at, in the text and in the answers each."""
 DRAFT_TOKENS_PER_MATCH_TOKEN = 2
 """A draft is at most so many times as long as its match."""
+BYTES_PER_TOKEN = 140
+"""What a remembered token takes where no run recurs: less where some do."""
 
 _BREAK = -1
 _KEY_BITS = 32
@@ -57,7 +57,7 @@ class TokenTrail:
     followed it last, and each position the one before it that followed the same run.
 
     Args:
-        max_tokens: more push the oldest out. About 140 bytes each where no run recurs, less where some do.
+        max_tokens: more push the oldest out. At most BYTES_PER_TOKEN each.
 
     Raises:
         ValueError: `max_tokens` does not exceed MIN_MATCH_TOKENS.
@@ -185,6 +185,7 @@ class SuffixIndex:
     """
 
     def __init__(self, max_answer_tokens: int) -> None:
+        self.max_answer_tokens = max_answer_tokens
         keeps = max_answer_tokens > MIN_MATCH_TOKENS
         self.answers = TokenTrail(max_answer_tokens) if keeps else None
         self._ratios = {
@@ -251,6 +252,45 @@ class SuffixIndex:
         for i in range(min(accepted_tokens + 1, drafted_tokens)):
             ratio = self._ratios[match.source, _group(match.match_tokens + i)]
             ratio.add(1.0 if i < accepted_tokens else 0.0, match.shares[i])
+
+
+class SuffixText:
+    """One text in the making, followed by the index.
+
+    Each guess is compared with what was then written in its place, whoever drafted it: the index learns how
+    far to trust itself also where it was not asked.
+
+    Args:
+        index: where the text's end is looked for, beside the text itself.
+        max_text_tokens: the text's longest length.
+        max_draft_tokens: of one guess.
+    """
+
+    def __init__(self, index: SuffixIndex, max_text_tokens: int, max_draft_tokens: int) -> None:
+        self.max_draft_tokens = max_draft_tokens
+        self._index = index
+        self._trail = index.open_text((), max_text_tokens)
+        self._guess: Match | None = None
+
+    def guess(self, tokens: Sequence[int], max_tokens: int) -> Match | None:
+        """What may come next.
+
+        Args:
+            tokens: the whole text; it has only grown since the last call.
+            max_tokens: of the guess.
+        """
+        written = tokens[self._trail.end :]
+        if self._guess is not None:
+            pairs = list(zip(self._guess.tokens, written, strict=False))
+            right = next((i for i, (guessed, token) in enumerate(pairs) if guessed != token), len(pairs))
+            self._index.observe(self._guess, len(pairs), right)
+        self._trail.extend(written)
+        self._guess = self._index.match(self._trail, min(max_tokens, self.max_draft_tokens))
+        return self._guess
+
+    def finish(self, answer: Iterable[int]) -> None:
+        """The answer has ended: later texts may repeat it."""
+        self._index.add_answer(answer)
 
 
 def _longest(trail: TokenTrail, ending: list[int], run: int) -> tuple[int, list[int]]:

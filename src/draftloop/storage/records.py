@@ -33,8 +33,9 @@ class TraceRows:
 
     Attributes:
         round_index: [R] int32, which round emitted it, from 0.
-        kinds: [R] uint8: 0 accepted, 1 recovered, 2 bonus, 3 target (`types.TokenKind`, in that order).
-        draft_ids: [R] int32, what the draft proposed there; -1 where nothing was.
+        kinds: [R] uint8: 0 accepted, 1 recovered, 2 bonus, 3 target, 4 suffix (`types.TokenKind`, in that
+            order).
+        draft_ids: [R] int32, what the draft model proposed there; -1 where it proposed nothing.
         draft_probs: [R] float32, q of that token after warping.
         top_ids: [R, 32] int32, most likely first.
         top_logprobs: [R, 32] float32; stored in 16 bits.
@@ -71,13 +72,18 @@ class RequestRecord:
         seed: of its uniforms.
         finish_reason: `stop`, `length`, or `cancelled` where the reader went away.
         rounds: verifications.
-        drafted_tokens: proposed.
-        accepted_tokens: kept.
-        tested_tokens: positions with an alpha.
+        drafted_tokens: proposed by the draft model.
+        accepted_tokens: kept of those.
+        tested_tokens: positions of its that have an alpha.
         alpha_sum: of those.
         prompt_s: seconds spent on the prompt.
         decode_s: seconds spent on the rounds.
         traces: R rows, one for each answer token.
+        suffix_rounds: those of `rounds` in which a suffix match proposed, and not the draft model.
+        suffix_tokens: emitted in them.
+        suffix_drafted_tokens: proposed by the matches.
+        suffix_accepted_tokens: kept of those.
+        suffix_s: the part of decode_s that they took.
     """
 
     created_s: float
@@ -102,6 +108,11 @@ class RequestRecord:
     prompt_s: float
     decode_s: float
     traces: TraceRows
+    suffix_rounds: int = 0
+    suffix_tokens: int = 0
+    suffix_drafted_tokens: int = 0
+    suffix_accepted_tokens: int = 0
+    suffix_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +147,11 @@ class RequestSummary:
     prompt_s: float
     decode_s: float
     stored_bytes: int
+    suffix_rounds: int = 0
+    suffix_tokens: int = 0
+    suffix_drafted_tokens: int = 0
+    suffix_accepted_tokens: int = 0
+    suffix_s: float = 0.0
 
 
 class AdapterStatus(StrEnum):

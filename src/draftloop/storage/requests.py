@@ -51,6 +51,11 @@ _SCALARS = (
     "alpha_sum",
     "prompt_s",
     "decode_s",
+    "suffix_rounds",
+    "suffix_tokens",
+    "suffix_drafted_tokens",
+    "suffix_accepted_tokens",
+    "suffix_s",
 )
 """Fields of a record that are a column as they are."""
 _SAMPLING = Sampling.__slots__
@@ -155,16 +160,19 @@ class Requests:
         with self._database.read() as connection:
             return [_load(connection, identity) for identity in ids]
 
-    def recent_answers(self, pair: PairKey, max_tokens: int) -> builtins.list[NDArray[np.int32]]:
-        """The newest answers of a pair that have `max_tokens` together at most, oldest first.
+    def recent_answers(self, target: str, max_tokens: int) -> builtins.list[NDArray[np.int32]]:
+        """A target's newest answers, whoever drafted, that have `max_tokens` together at most, oldest first.
 
         Raises:
             StorageError: one of them is damaged.
         """
         chosen, room = [], max_tokens
-        query = f"SELECT id, num_answer_tokens FROM requests WHERE pair_id = {PAIR_ID} ORDER BY id DESC"  # noqa: S608
+        query = (
+            "SELECT id, num_answer_tokens FROM requests "
+            "WHERE pair_id IN (SELECT id FROM pairs WHERE target = ?) ORDER BY id DESC"
+        )
         with self._database.read() as connection:
-            for identity, tokens in connection.execute(query, names(pair)):
+            for identity, tokens in connection.execute(query, (target,)):
                 room -= tokens
                 if room < 0:
                     break

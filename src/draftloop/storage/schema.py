@@ -107,4 +107,16 @@ _FIRST: Migration = (
     "split_keys INTEGER NOT NULL, PRIMARY KEY (pair_id, domain)) WITHOUT ROWID",
 )
 
-MIGRATIONS: Sequence[Migration] = (_FIRST,)
+# Before, nothing but the draft model proposed.
+_SUFFIX_ROUNDS: Migration = tuple(
+    f"ALTER TABLE requests ADD COLUMN {column} NOT NULL DEFAULT 0"
+    for column in (
+        "suffix_rounds INTEGER",
+        "suffix_tokens INTEGER",
+        "suffix_drafted_tokens INTEGER",
+        "suffix_accepted_tokens INTEGER",
+        "suffix_s REAL",
+    )
+)
+
+MIGRATIONS: Sequence[Migration] = (_FIRST, _SUFFIX_ROUNDS)
