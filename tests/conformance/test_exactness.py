@@ -7,65 +7,21 @@ fail at 1e-6 by the very same test.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from chi_square import p_value
+from tiny import PROMPT, TINY, VOCABULARY, AcceptsAlways, RecoversFromP
 
 from draftloop.backends.base import PrefillJob, Proposal, VerifyJob
-from draftloop.backends.numpy.acceptance import draw, warp
+from draftloop.backends.numpy.acceptance import warp
 from draftloop.speculation.round import run_round
 from draftloop.speculation.stream import Conversation, DecodeSettings, Pair, Stream, read_prompt
 from draftloop.types import Rules, Sampling
 
-VOCABULARY = 40
-TINY = {
-    "vocab_size": VOCABULARY,
-    "num_layers": 1,
-    "hidden_size": 32,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "intermediate_size": 32,
-    "noise": 0.25,
-}
-PROMPT = (3, 11, 19, 16, 16, 1)
 SAMPLES = 4000
 BATCH = 50
 PLAIN = Sampling(temperature=1.0)
 FILTERED = Sampling(temperature=0.8, top_k=20, top_p=0.9, min_p=0.02)
-
-
-class AcceptsAlways:
-    """A wrong rule: every guess is kept that has any probability. The output follows q."""
-
-    def __init__(self, model):
-        self._model = model
-
-    def __getattr__(self, name):
-        return getattr(self._model, name)
-
-    def verify(self, batch):
-        return self._model.verify(
-            [replace(j, accept_uniforms=np.zeros_like(j.accept_uniforms)) for j in batch]
-        )
-
-
-class RecoversFromP(AcceptsAlways):
-    """A wrong rule: after a rejection the token is drawn from p, not from norm(max(p - q, 0))."""
-
-    def verify(self, batch):
-        return [self._one(job) for job in batch]
-
-    def _one(self, job):
-        verdict = self._model.verify([job])[0]
-        kept, k = verdict.accepted_tokens, len(verdict.drafted_tokens)
-        if kept == k:
-            return verdict
-        job.cache.trim(k + 1)
-        logits = self._model.logits(job.cache, (job.last, *verdict.drafted_tokens))
-        p = warp(logits, job.rules.sampling, job.rules.masked_ids, job.rules.masked_rows)
-        return replace(verdict, extra_token=draw(p[kept], float(job.extra_uniforms[kept])))
 
 
 def answers(pair, sampling, num_draft_tokens, max_tokens=2, samples=SAMPLES):

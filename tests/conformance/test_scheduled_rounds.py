@@ -7,8 +7,8 @@ from itertools import cycle
 import numpy as np
 import pytest
 from chi_square import p_value
+from tiny import PROMPT, TINY, second_tokens
 
-from draftloop.backends.numpy.acceptance import warp
 from draftloop.speculation.costs import RoundCosts
 from draftloop.speculation.round import decode, run_round
 from draftloop.speculation.schedule import Choice, Schedule
@@ -20,16 +20,6 @@ PROMPTS = [
     tuple(np.random.default_rng(seed).integers(0, 256, length).tolist())
     for seed, length in enumerate((1, 8, 40))
 ]
-PROMPT = (3, 11, 19, 16, 16, 1)
-TINY = {
-    "vocab_size": 40,
-    "num_layers": 1,
-    "hidden_size": 32,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "intermediate_size": 32,
-    "noise": 0.25,
-}
 CHEAP = RoundCosts(((1, 1.0), (5, 1.2)), 0.1, 0.0, 0.01)
 HOPELESS = RoundCosts(((1, 1.0), (5, 5.0)), 1.0, 0.0, 0.01)
 
@@ -136,14 +126,7 @@ class Peeking(Script):
 @pytest.fixture(scope="session")
 def second_token(reference, load_pair):
     """The reference's p of the first token, and of the second one."""
-    target = load_pair(reference, **TINY).target
-    cache = target.new_cache()
-    first = warp(target.logits(cache, PROMPT)[-1:], Sampling(temperature=1.0))[0]
-    second = np.zeros_like(first)
-    for token in np.flatnonzero(first):
-        second += first[token] * warp(target.logits(cache, (int(token),)), Sampling(temperature=1.0))[0]
-        cache.trim(1)
-    return first, second
+    return second_tokens(load_pair(reference, **TINY).target, Sampling(temperature=1.0))
 
 
 @pytest.mark.parametrize("kind", ["script", "adaptive"])

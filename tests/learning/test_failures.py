@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -153,3 +155,10 @@ def test_a_last_round_that_was_cut_is_judged_as_it_was():
     cut = summary(1, accepted=9, drafted=17, rounds=5)
     assert split([cut], 9 / 17).failures == ()
     assert split([cut], 9 / 17 + 0.001).failures == (cut,)
+
+
+def test_rounds_of_suffix_matches_make_nobody_cautious():
+    """Five full rounds of the draft and thirty others: it is judged by what it drafted, not by its alpha."""
+    full = replace(summary(1, accepted=11, drafted=20, rounds=35), suffix_rounds=30, suffix_tokens=90)
+    assert split([full], 0.5).failures == ()
+    assert split([replace(full, suffix_rounds=0)], 0.5).failures != ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -58,6 +60,16 @@ def requests(alphas, **options) -> list[RequestSummary]:
 
 def noisy(mean: float, count: int, seed: int, deviation: float = 0.1) -> np.ndarray:
     return np.clip(np.random.default_rng(seed).normal(mean, deviation, count), 0, 1)
+
+
+def test_suffix_matches_do_not_hide_a_fall() -> None:
+    """Drafts a round are counted over the draft's rounds, so requests with matches are compared too."""
+    before, live = requests(noisy(0.8, 40, 0)), requests(noisy(0.6, 20, 1))
+    matched = [replace(one, rounds=80, suffix_rounds=60) for one in live]
+    fall = alpha_fall(before, live)
+    assert fall is not None
+    assert alpha_fall(before, matched) == fall
+    assert alpha_fall(before, [replace(one, suffix_rounds=0) for one in matched]) is None
 
 
 def test_a_fall_is_seen_and_measured():

@@ -117,6 +117,29 @@ def test_mixed_requests_have_the_metrics_of_those_with_drafts() -> None:
     assert mixed.requests == 20
 
 
+def test_suffix_matches_change_no_figure_of_the_draft() -> None:
+    """Tau is of the draft's rounds; speed is of all of them."""
+    plain = [summary_of(one, number) for number, one in enumerate(sample_requests(20), start=1)]
+    matched = [
+        replace(
+            one,
+            rounds=one.rounds + 5,
+            num_answer_tokens=one.num_answer_tokens + 40,
+            suffix_rounds=5,
+            suffix_tokens=40,
+            suffix_drafted_tokens=50,
+            suffix_accepted_tokens=35,
+        )
+        for one in plain
+    ]
+    before, after = figures_of(plain), figures_of(matched)
+    assert (after.tau, after.alpha, after.acceptance_rate) == (
+        before.tau, before.alpha, before.acceptance_rate,
+    )  # fmt: skip
+    assert after.tokens_per_s > before.tokens_per_s
+    assert rolling_tau(matched[12:]) == rolling_tau(plain[12:])
+
+
 def test_domains_are_sorted_by_size_and_hold_each_request_once() -> None:
     requests = [summary_of(one, number) for number, one in enumerate(sample_requests(100), start=1)]
     domains = domains_of(requests)

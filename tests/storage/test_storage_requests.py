@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from storage_samples import OTHER_PAIR, PAIR, add_promoted, assert_same, make_request
 
 from draftloop.errors import StorageError
+from draftloop.storage.records import PairKey
 from draftloop.storage.store import open_store
 from draftloop.types import Sampling
 
@@ -59,6 +60,11 @@ def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
             "alpha_sum": FLOAT,
             "prompt_s": FLOAT,
             "decode_s": FLOAT,
+            "suffix_rounds": COUNT,
+            "suffix_tokens": COUNT,
+            "suffix_drafted_tokens": COUNT,
+            "suffix_accepted_tokens": COUNT,
+            "suffix_s": FLOAT,
         }
     ),
     rows=st.integers(0, 6),
