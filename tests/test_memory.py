@@ -223,3 +223,13 @@ def test_the_table_shows_every_part_and_the_totals() -> None:
 def test_without_a_number_the_machines_memory_counts() -> None:
     assert available_memory_bytes() > 0
     assert plan_memory(TARGET, DRAFT, Config()).available_bytes > 0
+
+
+def test_what_suffix_matches_remember_is_counted_where_they_are_looked_for() -> None:
+    remembered = plan("speculative.suffix.megabytes=50")
+    assert part(remembered, "past answers") == 50_000_000
+    for off in ("speculative.suffix.enabled=false", "speculative.schedule=fixed"):
+        assert not [one for one in plan(off).parts if one.label == "past answers"]
+    scratch = "activations and logits"
+    wide, narrow = (plan(f"speculative.suffix.max_draft_tokens={most}") for most in (64, 1))
+    assert part(wide, scratch) > part(narrow, scratch)

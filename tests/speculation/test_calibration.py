@@ -127,6 +127,11 @@ class TestTheFile:
     def _cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("DRAFTLOOP_CACHE", str(tmp_path / "cache"))
 
+    def test_other_matches_are_another_calibration(self):
+        pair, clock = fakes()
+        assert calibrated_costs(pair, 3, FACTS, clock).verify_s[-1][0] == 4
+        assert calibrated_costs(pair, 3, FACTS, clock, suffix_tokens=7).verify_s[-1][0] == 8
+
     def test_the_second_start_measures_nothing(self):
         pair, clock = fakes()
         first = calibrated_costs(pair, 3, FACTS, clock)
@@ -163,7 +168,7 @@ class TestTheFile:
     def test_a_damaged_or_foreign_file_is_replaced(self, damage):
         pair, clock = fakes()
         first = calibrated_costs(pair, 3, FACTS, clock)
-        path = calibration_path({**FACTS, "num_draft_tokens": "3"})
+        path = calibration_path({**FACTS, "num_draft_tokens": "3", "suffix_tokens": "0"})
         whole = path.read_text()
         path.write_text(damage(whole))
         calls = pair.target.calls
@@ -180,3 +185,12 @@ class TestTheFile:
         monkeypatch.setenv("DRAFTLOOP_CACHE", str(tmp_path / "file" / "cache"))
         pair, clock = fakes()
         assert calibrated_costs(pair, 3, FACTS, clock).draft_s == pytest.approx(0.020)
+
+
+def test_widths_of_suffix_matches_are_measured_as_far_as_the_cache_holds() -> None:
+    clock = Clock()
+    for room, widest in ((512, 21), (12, 11)):
+        pair = Pair(FakeModel(clock, room=room), FakeModel(clock))  # type: ignore[arg-type]
+        costs = measure_costs(pair, 3, clock, suffix_tokens=20)
+        assert costs.verify_s[-1] == (widest, pytest.approx(0.05 + 0.01 * widest))
+        assert {1, 2, 3, 4} <= {width for width, _ in costs.verify_s}

@@ -306,3 +306,40 @@ def test_a_probe_ends_with_its_answer():
     assert schedule.probes.due(0.0, 0.0)
     schedule.open(4)
     assert not schedule.probes.due(0.0, 0.0)
+
+
+def test_a_match_may_go_beyond_the_cap_where_its_rows_are_worth_it():
+    """The fifth row costs as much as four (design §8): a match goes on behind it only where it is certain."""
+    wide = RoundCosts((*CPU.verify_s, (8, 0.191)), CPU.draft_s, CPU.draft_round_s, CPU.read_s)
+    pace = Schedule(wide).open(3)
+    assert pace.choose_free([0.98] * 7).num_draft_tokens == 7
+    assert pace.choose_free([0.7] * 7).num_draft_tokens == 3
+    assert pace.choose_free([0.1] * 7).num_draft_tokens == 0
+
+
+def test_what_the_draft_must_read_afterwards_counts_where_it_is_asked():
+    """Never where it is not worth asking, or where nobody asks it."""
+    worth = RoundCosts(CPU.verify_s, 0.001, 0.0, 0.02)
+    schedule = Schedule(worth)
+    free = best_choice(worth, [0.9, 0.9], by_model=False)
+    assert schedule.open(3).choose_free([0.9, 0.9]).tokens_per_s == pytest.approx(
+        1 / (1 / free.tokens_per_s + 0.02)
+    )
+    assert schedule.open(0).choose_free([0.9, 0.9]) == free
+    hopeless = best_choice(HOPELESS, [0.9, 0.9], by_model=False)
+    assert Schedule(HOPELESS).open(3).choose_free([0.9, 0.9]) == hopeless
+
+
+def test_without_a_draft_nothing_is_drafted_or_read_for_it():
+    pace = Schedule(CPU).open(0)
+    assert pace.choose(0, 0, 100).num_draft_tokens == 0
+    assert not pace.reads_along(500, 100)
+
+
+def test_rounds_of_matches_say_nothing_about_the_draft():
+    schedule = Schedule(CPU)
+    pace = schedule.open(3)
+    before = schedule.acceptance.chances(3)
+    for _ in range(50):
+        pace.observe(Timed(7, by_model=False, backlog_tokens=0, alphas=(), seconds=0.2))
+    assert schedule.acceptance.chances(3) == before
