@@ -190,6 +190,26 @@ def test_attentions_bits_do_not_depend_on_the_rows_beside_it(steps, width):
 
 
 @needs_kernels
+@pytest.mark.parametrize("tokens", [2, 9, 16])
+def test_without_them_a_round_of_sixteen_rows_attends_as_row_by_row(toy_folder, tokens):
+    options = {"num_heads": 14, "num_kv_heads": 2, "head_dim": 32, "quantized": True}
+    steps = Steps(toy_folder(model_type="qwen2", dtype="bfloat16", **options), tokens=tokens, start=20)
+    together, _ = steps.attend(steps.eager)
+    cache = steps.cache.clone()
+    alone = [steps.attend(steps.eager, row, 1, cache)[0] for row in range(tokens)]
+    assert torch.equal(torch.cat(alone), together)
+
+
+def test_without_them_a_products_bits_do_not_depend_on_sixteen_rows(monkeypatch):
+    monkeypatch.setattr(linear, "load_library", lambda _: None)
+    layer, x = int4_linear([affine(400, 256, 64)], None, 64, torch.bfloat16, CPU), inputs(16, 256)
+    assert isinstance(layer, linear.Int4Linear)
+    together = layer(x)
+    for width in range(1, 16):
+        assert torch.equal(torch.cat([layer(part) for part in x.split(width)]), together)
+
+
+@needs_kernels
 def test_norms_and_gates_are_pytorchs(steps):
     width = steps.architecture.hidden_size
     x, added = inputs(5, width).float(), inputs(5, width, seed=6)

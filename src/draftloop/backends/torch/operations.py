@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from draftloop.backends.architecture import Architecture
     from draftloop.backends.torch.weights import Layer
 
-_ROW_BY_ROW_TOKENS = 8
+_ROW_BY_ROW_TOKENS = 16
 """On a CPU so few tokens attend one by one, as they would if they came alone. PyTorch's fused kernel rounds
 differently for several rows; with this, verifying gives the very bits of decoding one token at a time, and
 greedy speculation the target's own text. It costs one small kernel call a row and layer."""
