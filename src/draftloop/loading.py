@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING
 
 from draftloop.backends.architecture import Architecture, read_architecture
 from draftloop.backends.registry import open_backend
-from draftloop.config.schema import drafts_from_suffixes
 from draftloop.engine import Engine
 from draftloop.errors import ConfigError, ModelUnreadable, StorageError
 from draftloop.learning.circle import School
 from draftloop.learning.deployment import ActiveAdapter, load_deployed
 from draftloop.learning.recorder import Recorder
 from draftloop.models.folder import heads_digest
-from draftloop.models.memory import MEGABYTE, MemoryPlan, plan_memory
+from draftloop.models.memory import MEGABYTE, MemoryPlan, plan_memory, suffix_tokens
 from draftloop.models.resolve import resolve
 from draftloop.models.tokenizer import Tokenizer, check_tokenizers_agree
 from draftloop.speculation.calibration import calibrated_costs
@@ -227,14 +226,13 @@ def _schedule(config: Config, prepared: Prepared, models: Pair) -> Schedule | No
         "target": heads_digest(prepared.target_folder),
         "draft": heads_digest(prepared.draft_folder),
     }
-    suffix_tokens = config.speculative.suffix.max_draft_tokens if drafts_from_suffixes(config) else 0
-    k = config.speculative.num_draft_tokens
-    return Schedule(calibrated_costs(models, k, facts, suffix_tokens=suffix_tokens))
+    k, matched = config.speculative.num_draft_tokens, suffix_tokens(config)
+    return Schedule(calibrated_costs(models, k, facts, suffix_tokens=matched))
 
 
 def _suffixes(config: Config, store: Store | None) -> SuffixIndex | None:
     """What suffix matches are looked for in: the target's newest stored answers, and those to come."""
-    if not drafts_from_suffixes(config):
+    if not suffix_tokens(config):
         return None
     index = SuffixIndex(MEGABYTE * config.speculative.suffix.megabytes // BYTES_PER_TOKEN)
     if store is not None:

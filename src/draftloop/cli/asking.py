@@ -57,10 +57,9 @@ class AnswerOptions:
     @property
     def num_suffix_tokens(self) -> int:
         """The most that a suffix match may propose; 0 where none is looked for."""
-        from draftloop.config.schema import drafts_from_suffixes
+        from draftloop.models.memory import suffix_tokens
 
-        wanted = self.with_draft and drafts_from_suffixes(self.config)
-        return self.config.speculative.suffix.max_draft_tokens if wanted else 0
+        return suffix_tokens(self.config) if self.with_draft else 0
 
     def request(self, prompt_tokens: Sequence[int], provenance: Provenance | None = None) -> Request:
         """Ask for the answer to these tokens; without a provenance it is not stored."""

@@ -224,11 +224,6 @@ class Config(Settings):
         return self
 
 
-def drafts_from_suffixes(config: Config) -> bool:
-    """Whether answers draft from suffix matches: under `fixed` every round drafts K tokens by the model."""
-    return config.speculative.suffix.enabled and config.speculative.schedule == "adaptive"
-
-
 def _contradiction(key: str, right: str) -> PydanticCustomError:
     return PydanticCustomError(CROSS_RULE, "{key} must be {right}", {"key": key, "right": right})
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftloop.config import Config, flatten
-from draftloop.config.schema import MIN_SEQUENCE_TOKENS, drafts_from_suffixes
+from draftloop.config.schema import MIN_SEQUENCE_TOKENS
 from draftloop.errors import MemoryPlanError
 
 if TYPE_CHECKING:
@@ -190,6 +190,15 @@ def render(plan: MemoryPlan) -> str:
     return "\n".join(lines + [f"{label:<{width}}  {_gib(size):>10}" for label, size in totals])
 
 
+def suffix_tokens(config: Config) -> int:
+    """The most that a suffix match proposes in a round; 0 where none is looked for.
+
+    Under `fixed` every round drafts K tokens by the model.
+    """
+    wanted = config.speculative.suffix.enabled and config.speculative.schedule == "adaptive"
+    return config.speculative.suffix.max_draft_tokens if wanted else 0
+
+
 def weight_bytes(architecture: Architecture) -> int:
     """Bytes of a model's weights as its checkpoint stores them.
 
@@ -263,9 +272,8 @@ def training_logit_bytes(draft: Architecture, config: Config) -> int:
 def _parts(target: Architecture, draft: Architecture | None, config: Config) -> tuple[Part, ...]:
     rows = config.speculative.num_draft_tokens + 1
     target_tokens = config.models.target.max_kv_cache_tokens
-    remembered = draft is not None and drafts_from_suffixes(config)
-    most_rows = max(rows, config.speculative.suffix.max_draft_tokens + 1) if remembered else rows
-    scratch = generation_scratch_bytes(target, most_rows, target_tokens)
+    matched = suffix_tokens(config) if draft is not None else 0
+    scratch = generation_scratch_bytes(target, max(rows, matched + 1), target_tokens)
     target_cache = kv_cache_bytes(target, target_tokens)
     generation, training, both = (True, False), (False, True), (True, True)
     entries = [
@@ -285,7 +293,7 @@ def _parts(target: Architecture, draft: Architecture | None, config: Config) -> 
             ("training: activations", training_activation_bytes(draft, config), training),
             ("training: logits", training_logit_bytes(draft, config), training),
         ]
-    if remembered:
+    if matched:
         entries.append(("past answers", MEGABYTE * config.speculative.suffix.megabytes, generation))
     entries += [
         ("prefix cache", MEGABYTE * config.memory.prefix_cache_megabytes, generation),
