@@ -12,7 +12,7 @@ from draftloop.speculation.suffix import (
     DRAFT_TOKENS_PER_MATCH_TOKEN,
     MAX_MATCH_TOKENS,
     MAX_PLACES,
-    MIN_MATCH_TOKENS,
+    RUN_LENGTHS,
     Match,
     Source,
     SuffixIndex,
@@ -26,14 +26,14 @@ Place = tuple[int, list[int]]
 Guess = tuple[int, list[int], list[float]]
 
 
-def scanned(pieces: list[list[int]], text: list[int], *, own: bool) -> list[Place]:
-    """Every earlier place of the text's last MIN_MATCH_TOKENS tokens, newest first."""
-    ending, found = text[-MIN_MATCH_TOKENS:], []
+def scanned(pieces: list[list[int]], text: list[int], run: int, *, own: bool) -> list[Place]:
+    """Every earlier place of the text's last `run` tokens, newest first."""
+    ending, found = text[-run:], []
     for piece in reversed(pieces):
-        for end in range(len(piece) - (1 if own else 0), MIN_MATCH_TOKENS - 1, -1):
-            if piece[end - MIN_MATCH_TOKENS : end] != ending or end == len(piece):
+        for end in range(len(piece) - (1 if own else 0), run - 1, -1):
+            if piece[end - run : end] != ending or end == len(piece):
                 continue
-            length = MIN_MATCH_TOKENS
+            length = run
             while (
                 length < min(end, len(text), MAX_MATCH_TOKENS)
                 and piece[end - length - 1] == text[-length - 1]
@@ -45,9 +45,12 @@ def scanned(pieces: list[list[int]], text: list[int], *, own: bool) -> list[Plac
 
 def scanned_match(answers: list[list[int]], text: list[int], max_tokens: int) -> Guess | None:
     """The match's length, the draft and its shares, by brute force."""
-    if len(text) < MIN_MATCH_TOKENS or max_tokens < 1:
+    if max_tokens < 1:
         return None
-    own, others = scanned([text], text, own=True), scanned(answers, text, own=False)
+    own, others = list[Place](), list[Place]()
+    for run in RUN_LENGTHS:
+        if len(text) >= run and not own + others:
+            own, others = scanned([text], text, run, own=True), scanned(answers, text, run, own=False)
     longest = max((length for length, _ in own + others), default=0)
     if not longest:
         return None
@@ -132,13 +135,13 @@ def test_memory_is_bounded(tokens: list[int], max_tokens: int) -> None:
         trail.append(token)
         if i % 17 == 0:
             trail.close()
-        followed = [
-            tuple(trail[p + i] for i in range(MIN_MATCH_TOKENS + 1))
-            for p in range(trail.start, trail.end - MIN_MATCH_TOKENS)
-        ]
-        # A run that only a break follows leads nowhere.
-        assert trail.num_runs == len({run[:-1] for run in followed if BREAK not in run})
-        assert trail.num_runs <= max_tokens
+        for run in RUN_LENGTHS:
+            followed = [
+                tuple(trail[p + i] for i in range(run + 1)) for p in range(trail.start, trail.end - run)
+            ]
+            # A run that only a break follows leads nowhere.
+            assert trail.num_runs(run) == len({one[:-1] for one in followed if BREAK not in one})
+            assert trail.num_runs(run) <= max_tokens
 
 
 def test_the_most_frequent_continuation_wins_and_the_newest_of_equals() -> None:
@@ -171,14 +174,24 @@ def test_the_draft_is_no_longer_than_the_match_allows() -> None:
         assert len(match.tokens) == min(64, DRAFT_TOKENS_PER_MATCH_TOKEN * length, 60 - length)
 
 
-def test_one_token_is_no_match_and_no_answers_are_kept_without_room() -> None:
+def test_one_token_is_found_where_two_are_not() -> None:
+    """However often it stands elsewhere, it hides no place where two agree."""
     index = index_of([[1, 2, 7, 8]])
-    assert index.match(index.open_text([9, 2], 10), 4) is None
-    assert index.match(index.open_text([1, 2], 10), 4) is not None
+    assert index.match(index.open_text([9], 10), 4) is None
+    one = index.match(index.open_text([9, 2], 10), 4)
+    assert one is not None
+    assert (one.tokens, one.match_tokens) == ((7, 8), 1)
+    hidden = index_of([[1, 2, 7, 8]] + [[3, 2, 5]] * (2 * MAX_PLACES))
+    two = hidden.match(hidden.open_text([1, 2], 10), 2)
+    assert two is not None
+    assert (two.tokens, two.match_tokens) == ((7, 8), 2)
+
+
+def test_no_answers_are_kept_without_room() -> None:
     empty = index_of([[1, 2, 3, 4]], max_tokens=0)
     assert empty.match(empty.open_text([1, 2, 3], 10), 4) is None
     with pytest.raises(ValueError, match="needs more than"):
-        TokenTrail(MIN_MATCH_TOKENS)
+        TokenTrail(RUN_LENGTHS[0])
 
 
 def _drafted(rounds: int, accepted: int) -> Match:

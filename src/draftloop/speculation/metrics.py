@@ -104,7 +104,7 @@ class Tally:
     suffix_tokens: int = 0
     suffix_drafted_tokens: int = 0
     suffix_accepted_tokens: int = 0
-    suffix_s: float = 0.0
+    suffix_s: float = field(default=0.0, compare=False)
 
     def add(self, outcome: Round) -> None:
         """Count one round."""

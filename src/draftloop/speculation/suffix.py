@@ -22,21 +22,26 @@ from draftloop.speculation.smoothing import SmoothedRatio
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-MIN_MATCH_TOKENS = 2
-"""Two tokens often recur by chance, which their estimate tells; on 36 stored answers of one kind the index
-found tau 1.42 from two on, 1.29 from three on, 1.17 from four on (`benchmarks/suffix.py`)."""
+RUN_LENGTHS = (2, 1)
+"""Places are looked up by the text's last two tokens and, where those stood nowhere, by its last one: the
+newest places of a frequent token alone would hide an older one where more agrees."""
+MIN_MATCH_TOKENS = RUN_LENGTHS[-1]
+"""One token often recurs by chance, which its estimate tells, and a verified row costs little: on 16 answers
+of four kinds, with costs of two CPU cores, matches from one, two and three tokens on gave 1.8, 1.6 and 1.5
+times the target's own speed in the median."""
 MAX_MATCH_TOKENS = 64
 """A match is not followed further back: nothing becomes more certain by it."""
 MAX_PLACES = 16
 """So many of the newest places are looked at, in the text and in the answers each."""
 DRAFT_TOKENS_PER_MATCH_TOKEN = 2
 """A draft is at most so many times as long as its match."""
-BYTES_PER_TOKEN = 140
-"""What a remembered token takes where no run recurs: less where some do."""
+BYTES_PER_TOKEN = 240
+"""What a remembered token takes where no two recur together. Text takes less than half of it."""
 
 _BREAK = -1
 _KEY_BITS = 32
-_LENGTH_BOUNDS = (3, 4, 5, 7, 9, 13, 17, 25, 33)
+_LAST_MASK = (1 << _KEY_BITS * RUN_LENGTHS[0]) - 1
+_LENGTH_BOUNDS = (2, 3, 4, 5, 7, 9, 13, 17, 25, 33)
 """Where the classes of match length begin that share an estimate; the first class is what lies below."""
 _PRIOR_TOKENS = 4.0
 _HALF_CERTAIN_TOKENS = 3.0
@@ -50,28 +55,64 @@ class Source(StrEnum):
     ANSWERS = "answers"
 
 
-class TokenTrail:
-    """The newest `max_tokens` tokens of a sequence, and where each run of MIN_MATCH_TOKENS stood in them.
+class _Runs:
+    """Where each run of `length` tokens stood in a trail.
 
-    A position counts from the first token ever appended. For each run a dictionary holds the position that
-    followed it last, and each position the one before it that followed the same run.
+    For each run the position that followed it last, and for each position the one before it that followed the
+    same run.
+    """
+
+    def __init__(self, length: int, max_tokens: int) -> None:
+        self.length = length
+        self._mask = (1 << _KEY_BITS * length) - 1
+        self._max_tokens = max_tokens
+        self._earlier = array("q", bytes(8 * max_tokens))
+        self._newest: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._newest)
+
+    def add(self, last: int, position: int) -> None:
+        """The token at `position` follows the tokens of `last`, which end with the run."""
+        run = last & self._mask
+        self._earlier[position % self._max_tokens] = self._newest.get(run, -1)
+        self._newest[run] = position
+
+    def forget(self, run: int, position: int) -> None:
+        """What `position` follows is held no more."""
+        if self._newest.get(run) == position:
+            del self._newest[run]
+
+    def places(self, last: int, start: int) -> list[int]:
+        """The positions that followed the run whose first token is held, newest first, at most MAX_PLACES."""
+        found: list[int] = []
+        position = self._newest.get(last & self._mask, -1)
+        while position >= start + self.length and len(found) < MAX_PLACES:
+            found.append(position)
+            position = self._earlier[position % self._max_tokens]
+        return found
+
+
+class TokenTrail:
+    """The newest `max_tokens` tokens of a sequence, and where its runs of RUN_LENGTHS stood in them.
+
+    A position counts from the first token ever appended.
 
     Args:
         max_tokens: more push the oldest out. At most BYTES_PER_TOKEN each.
 
     Raises:
-        ValueError: `max_tokens` does not exceed MIN_MATCH_TOKENS.
+        ValueError: `max_tokens` does not exceed the longest run.
     """
 
     def __init__(self, max_tokens: int) -> None:
-        if max_tokens <= MIN_MATCH_TOKENS:
-            raise ValueError(f"max_tokens is {max_tokens}; a trail needs more than {MIN_MATCH_TOKENS}")
+        if max_tokens <= RUN_LENGTHS[0]:
+            raise ValueError(f"max_tokens is {max_tokens}; a trail needs more than {RUN_LENGTHS[0]}")
         self.max_tokens = max_tokens
         self.end = 0
         self._tokens = array("i", bytes(4 * max_tokens))
-        self._earlier = array("q", bytes(8 * max_tokens))
-        self._newest: dict[int, int] = {}
-        self._run = 0
+        self._runs = {length: _Runs(length, max_tokens) for length in RUN_LENGTHS}
+        self._last = 0
         self._run_tokens = 0
 
     @property
@@ -79,15 +120,13 @@ class TokenTrail:
         """The oldest position that is still held."""
         return max(0, self.end - self.max_tokens)
 
-    @property
-    def run(self) -> int | None:
-        """The last MIN_MATCH_TOKENS tokens as one number; None where there are fewer behind a break."""
-        return self._run if self._run_tokens >= MIN_MATCH_TOKENS else None
+    def run(self, length: int) -> int | None:
+        """The last `length` tokens as one number; None where there are fewer behind a break."""
+        return self._last & ((1 << _KEY_BITS * length) - 1) if self._run_tokens >= length else None
 
-    @property
-    def num_runs(self) -> int:
-        """Different runs that are remembered; never more than `max_tokens`."""
-        return len(self._newest)
+    def num_runs(self, length: int) -> int:
+        """Different runs of `length` that are remembered; never more than `max_tokens`."""
+        return len(self._runs[length])
 
     def __getitem__(self, position: int) -> int:
         """The token at a held position; -1 is a break."""
@@ -95,13 +134,11 @@ class TokenTrail:
 
     def append(self, token: int) -> None:
         """Add one token; amortized O(1)."""
-        run = self.run
         self._push(token)
-        if run is not None:
-            position = self.end - 1
-            self._earlier[position % self.max_tokens] = self._newest.get(run, -1)
-            self._newest[run] = position
-        self._run = ((self._run << _KEY_BITS) | token) & ((1 << _KEY_BITS * MIN_MATCH_TOKENS) - 1)
+        for length, runs in self._runs.items():
+            if self._run_tokens >= length:
+                runs.add(self._last, self.end - 1)
+        self._last = ((self._last << _KEY_BITS) | token) & _LAST_MASK
         self._run_tokens += 1
 
     def extend(self, tokens: Iterable[int]) -> None:
@@ -114,15 +151,9 @@ class TokenTrail:
         self._push(_BREAK)
         self._run_tokens = 0
 
-    def places(self, run: int) -> list[int]:
-        """The positions that followed `run`, newest first, at most MAX_PLACES."""
-        found: list[int] = []
-        first = self.start + MIN_MATCH_TOKENS
-        position = self._newest.get(run, -1)
-        while position >= first and len(found) < MAX_PLACES:
-            found.append(position)
-            position = self._earlier[position % self.max_tokens]
-        return found
+    def places(self, run: int, length: int) -> list[int]:
+        """The positions that followed a run of `length`, newest first, at most MAX_PLACES."""
+        return self._runs[length].places(run, self.start)
 
     def ending(self) -> list[int]:
         """The last MAX_MATCH_TOKENS tokens at most, the last one first."""
@@ -144,15 +175,15 @@ class TokenTrail:
         self.end += 1
 
     def _forget(self, start: int) -> None:
-        """The token at `start` goes, and with it the run that begins there."""
+        """The token at `start` goes, and with it the runs that begin there."""
         run = 0
-        for position in range(start, start + MIN_MATCH_TOKENS):
-            token = self[position]
+        for length in range(1, RUN_LENGTHS[0] + 1):
+            token = self[start + length - 1]
             if token == _BREAK:
                 return
             run = (run << _KEY_BITS) | token
-        if self._newest.get(run) == start + MIN_MATCH_TOKENS:
-            del self._newest[run]
+            if length in self._runs:
+                self._runs[length].forget(run, start + length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +217,7 @@ class SuffixIndex:
 
     def __init__(self, max_answer_tokens: int) -> None:
         self.max_answer_tokens = max_answer_tokens
-        keeps = max_answer_tokens > MIN_MATCH_TOKENS
+        keeps = max_answer_tokens > RUN_LENGTHS[0]
         self.answers = TokenTrail(max_answer_tokens) if keeps else None
         self._ratios = {
             (source, group): SmoothedRatio(_prior(group), _PRIOR_TOKENS)
@@ -207,7 +238,7 @@ class SuffixIndex:
             tokens: the prompt.
             max_tokens: the text's longest length.
         """
-        text = TokenTrail(max(max_tokens, MIN_MATCH_TOKENS + 1))
+        text = TokenTrail(max(max_tokens, RUN_LENGTHS[0] + 1))
         text.extend(tokens)
         return text
 
@@ -225,16 +256,10 @@ class SuffixIndex:
         Returns:
             None where fewer than MIN_MATCH_TOKENS tokens are found again.
         """
-        run = text.run
-        if run is None or max_tokens < 1:
+        if max_tokens < 1:
             return None
-        ending = text.ending()
-        length, places = _longest(text, ending, run)
-        trail, source = text, Source.TEXT
-        if self.answers is not None:
-            other_length, others = _longest(self.answers, ending, run)
-            if other_length > length:
-                length, places, trail, source = other_length, others, self.answers, Source.ANSWERS
+        length, places, source = self._longest(text)
+        trail = self.answers if source is Source.ANSWERS and self.answers is not None else text
         limit = min(max_tokens, DRAFT_TOKENS_PER_MATCH_TOKEN * length)
         tokens, shares = _continuation(trail, places, limit, repeats=trail is text)
         if not tokens:
@@ -243,6 +268,23 @@ class SuffixIndex:
             min(1.0, share * self._ratios[source, _group(length + i)].value) for i, share in enumerate(shares)
         )
         return Match(tuple(tokens), acceptance, tuple(shares), length, source)
+
+    def _longest(self, text: TokenTrail) -> tuple[int, list[int], Source]:
+        """The most tokens that the text ends with and that stood before, where, and in what."""
+        ending = text.ending()
+        for run_length in RUN_LENGTHS:
+            run = text.run(run_length)
+            if run is None:
+                continue
+            length, places = _longest(text, ending, text.places(run, run_length))
+            if self.answers is not None:
+                others = self.answers.places(run, run_length)
+                other_length, other_places = _longest(self.answers, ending, others)
+                if other_length > length:
+                    return other_length, other_places, Source.ANSWERS
+            if places:
+                return length, places, Source.TEXT
+        return 0, [], Source.TEXT
 
     def observe(self, match: Match, drafted_tokens: int, accepted_tokens: int) -> None:
         """Learn from a round that proposed the first `drafted_tokens` of a match's tokens.
@@ -293,10 +335,10 @@ class SuffixText:
         self._index.add_answer(answer)
 
 
-def _longest(trail: TokenTrail, ending: list[int], run: int) -> tuple[int, list[int]]:
+def _longest(trail: TokenTrail, ending: list[int], candidates: list[int]) -> tuple[int, list[int]]:
     """The most tokens that stand before a place as they end the text, and the places where they do."""
     best, places = 0, list[int]()
-    for place in trail.places(run):
+    for place in candidates:
         length = trail.agreement(place, ending)
         if length > best:
             best, places = length, []
