@@ -87,6 +87,8 @@ def test_an_empty_file_or_section_changes_nothing(tmp_path: Path, text: str) -> 
         ("generation.max_tokens=1_000", 1000),
         ("speculative.acceptance_threshold=auto", "auto"),
         ("speculative.acceptance_threshold=1", 1),
+        ("speculative.draft_vocabulary=32768", 32_768),
+        ("speculative.draft_vocabulary=auto", "auto"),
         ("memory.gradient_checkpointing=false", False),
         ("training.lora.target_modules=[k_proj, down_proj]", ("k_proj", "down_proj")),
         ("chat.system_message=", None),
@@ -158,6 +160,7 @@ VALID = st.fixed_dictionaries(
         "speculative.temperature": st.just(0) | st.floats(0.001, 1e6),
         "speculative.top_p": numbers | st.just(1),
         "speculative.acceptance_threshold": numbers | st.sampled_from([0, 1, "auto"]),
+        "speculative.draft_vocabulary": st.integers(1, 200_000) | st.sampled_from(["full", "auto"]),
         "training.lora.rank": st.integers(1, 4096),
         "training.lora.target_modules": st.lists(
             st.sampled_from(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),

@@ -24,6 +24,7 @@ from draftloop.errors import ConfigError, ModelUnreadable, StorageError
 from draftloop.learning.circle import School
 from draftloop.learning.deployment import ActiveAdapter, load_deployed
 from draftloop.learning.recorder import Recorder
+from draftloop.learning.vocabulary import Wanted, choose_vocabulary
 from draftloop.models.folder import heads_digest
 from draftloop.models.memory import MEGABYTE, MemoryPlan, plan_memory, suffix_tokens
 from draftloop.models.resolve import resolve
@@ -38,6 +39,7 @@ from draftloop.storage.store import open_store
 
 if TYPE_CHECKING:
     from draftloop.backends.base import Backend
+    from draftloop.backends.vocabulary import CutVocabulary
     from draftloop.config import Config
     from draftloop.models.progress import Progress
     from draftloop.storage.store import Store
@@ -147,16 +149,20 @@ def load_prepared(
     target = backend.load(
         prepared.target_folder, max_kv_cache_tokens=config.models.target.max_kv_cache_tokens
     )
-    draft = None
-    if prepared.draft_folder is not None:
+    draft, vocabulary = None, None
+    if prepared.draft_folder is not None and prepared.draft is not None:
+        vocabulary = _vocabulary(config, backend, prepared.tokenizer, prepared.draft, store)
         draft = backend.load(
-            prepared.draft_folder, max_kv_cache_tokens=config.models.draft.max_kv_cache_tokens
+            prepared.draft_folder,
+            max_kv_cache_tokens=config.models.draft.max_kv_cache_tokens,
+            vocabulary=vocabulary,
         )
     logger.debug("models loaded in %.1f s", time.perf_counter() - started_s)
     models, pair, directory = Pair(target, draft), pair_of(config), Path(config.storage.directory)
     recorder = None
     if store is not None and config.storage.collect:
-        recorder = Recorder(store, pair, config.adaptation.revert_after_requests)
+        name = None if vocabulary is None else vocabulary.name
+        recorder = Recorder(store, pair, config.adaptation.revert_after_requests, name)
     engine = Engine(
         backend,
         models,
@@ -165,7 +171,7 @@ def load_prepared(
         recorder=recorder,
         active_adapter=ActiveAdapter(store, directory, pair) if store and adapter == ACTIVE else None,
         prefixes=PrefixCache(MEGABYTE * config.memory.prefix_cache_megabytes),
-        schedule=_schedule(config, prepared, models),
+        schedule=_schedule(config, prepared, models, vocabulary),
         suffixes=_suffixes(config, store if recorder else None),
     )
     if store is not None and adapter not in (ACTIVE, NONE):
@@ -193,6 +199,7 @@ def prepare_draft(config: Config, progress: Progress | None = None) -> PreparedD
 def open_school(config: Config, prepared: PreparedDraft, store: Store) -> School:
     """Where the draft learns."""
     capabilities = prepared.backend.capabilities()
+    vocabulary = _vocabulary(config, prepared.backend, prepared.tokenizer, prepared.architecture, store)
     return School(
         store=store,
         directory=Path(config.storage.directory),
@@ -209,11 +216,28 @@ def open_school(config: Config, prepared: PreparedDraft, store: Store) -> School
             "device": capabilities.device,
             "python": platform.python_version(),
             "draft_sha256": heads_digest(prepared.folder),
+            "draft_vocabulary": "full" if vocabulary is None else vocabulary.name,
         },
+        vocabulary=vocabulary,
     )
 
 
-def _schedule(config: Config, prepared: Prepared, models: Pair) -> Schedule | None:
+def _vocabulary(
+    config: Config, backend: Backend, tokenizer: Tokenizer, draft: Architecture, store: Store | None
+) -> CutVocabulary | None:
+    """What the draft's head is cut to while it serves; None leaves it whole."""
+    wanted = Wanted(
+        draft_tokens=draft.vocab_size,
+        known_tokens=tokenizer.vocab_size,
+        always=tokenizer.special_token_ids,
+        from_text=backend.capabilities().drafts_from_text,
+    )
+    return choose_vocabulary(store, pair_of(config), config.speculative.draft_vocabulary, wanted)
+
+
+def _schedule(
+    config: Config, prepared: Prepared, models: Pair, vocabulary: CutVocabulary | None
+) -> Schedule | None:
     """What chooses K, calibrated with the bare draft; None where K is constant."""
     if prepared.draft_folder is None or config.speculative.schedule == "fixed":
         return None
@@ -225,6 +249,8 @@ def _schedule(config: Config, prepared: Prepared, models: Pair) -> Schedule | No
         "device": capabilities.device,
         "target": heads_digest(prepared.target_folder),
         "draft": heads_digest(prepared.draft_folder),
+        # Costs depend on how many rows the head has, not on which.
+        "draft_vocabulary": "full" if vocabulary is None else str(len(vocabulary.ids)),
     }
     k, matched = config.speculative.num_draft_tokens, suffix_tokens(config)
     return Schedule(calibrated_costs(models, k, facts, suffix_tokens=matched))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from draftloop.backends.base import Backend, Model
+    from draftloop.backends.vocabulary import CutVocabulary
 
 CACHE_TOKENS = 128
 
@@ -72,13 +73,13 @@ def load_toy(toy_folder: Callable[..., Path]) -> Callable[..., Model]:
 
 @pytest.fixture(scope="session")
 def load_pair(toy_pair: Callable[..., tuple[Path, Path]]) -> Callable[..., Pair]:
-    """`load_pair(backend, **options)`: a toy target and its draft."""
+    """`load_pair(backend, **options)`: a toy target and its draft, whose head may be cut to `vocabulary`."""
 
-    def load(backend: Backend, **options: Any) -> Pair:
+    def load(backend: Backend, vocabulary: CutVocabulary | None = None, **options: Any) -> Pair:
         target, draft = toy_pair(**options)
         return Pair(
             target=backend.load(target, max_kv_cache_tokens=CACHE_TOKENS),
-            draft=backend.load(draft, max_kv_cache_tokens=CACHE_TOKENS),
+            draft=backend.load(draft, max_kv_cache_tokens=CACHE_TOKENS, vocabulary=vocabulary),
         )
 
     return load

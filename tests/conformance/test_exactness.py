@@ -10,14 +10,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from chi_square import p_value
-from tiny import PROMPT, TINY, VOCABULARY, AcceptsAlways, RecoversFromP
+from tiny import PROMPT, TINY, VOCABULARY, AcceptsAlways, ForgetsTheMap, RecoversFromP, TakesQForUncut
 
 from draftloop.backends.base import PrefillJob, Proposal, VerifyJob
 from draftloop.backends.numpy.acceptance import warp
+from draftloop.backends.vocabulary import CutVocabulary
 from draftloop.speculation.round import run_round
 from draftloop.speculation.stream import Conversation, DecodeSettings, Pair, Stream, read_prompt
 from draftloop.types import Rules, Sampling
 
+CUT = CutVocabulary(np.arange(0, VOCABULARY, 2, dtype=np.int32))
 SAMPLES = 4000
 BATCH = 50
 PLAIN = Sampling(temperature=1.0)
@@ -103,6 +105,31 @@ def test_accepting_always_is_caught(pair, exact):
     """The negative control: without it a passing chi-square would prove nothing."""
     tokens = answers(Pair(AcceptsAlways(pair.target), pair.draft), PLAIN, num_draft_tokens=1, samples=500)
     assert min(p_values(tokens, exact(PLAIN))) < 1e-6
+
+
+class TestACutHead:
+    """The draft proposes from half of the tokens; the other half comes from the target alone."""
+
+    @pytest.fixture(scope="class")
+    def pair(self, backend, load_pair):
+        return load_pair(backend, CUT, **TINY)
+
+    def test_answers_follow_the_targets_distribution(self, pair, exact):
+        tokens = answers(pair, FILTERED, num_draft_tokens=1)
+        assert min(p_values(tokens, exact(FILTERED))) > 1e-3
+        # Else the test would say nothing of a cut.
+        assert set(np.unique(tokens)) - set(CUT.ids.tolist())
+
+    def test_forgetting_which_ids_were_kept_is_caught(self, pair, exact):
+        wrong = Pair(pair.target, ForgetsTheMap(pair.draft))
+        tokens = answers(wrong, PLAIN, num_draft_tokens=1, samples=1000)
+        assert p_value(tokens[:, 0], exact(PLAIN)[0]) < 1e-6
+
+    def test_taking_q_for_uncut_is_caught(self, backend, load_pair, pair, exact):
+        whole = load_pair(backend, **TINY).draft
+        wrong = Pair(pair.target, TakesQForUncut(pair.draft, whole))
+        tokens = answers(wrong, PLAIN, num_draft_tokens=1, samples=1000)
+        assert p_value(tokens[:, 0], exact(PLAIN)[0]) < 1e-6
 
 
 class TestOnTheReference:

@@ -53,6 +53,41 @@ class RecoversFromP(AcceptsAlways):
         return replace(verdict, extra_token=draw(p[kept], float(job.extra_uniforms[kept])))
 
 
+class WithAnotherQ:
+    """A draft whose tokens are drawn as they should be, and whose q is then misread."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def propose(self, batch):
+        proposals = self._model.propose(batch)
+        return [replace(one, q=self.misread(one.q, job)) for one, job in zip(proposals, batch, strict=True)]
+
+
+class ForgetsTheMap(WithAnotherQ):
+    """Wrong: the columns of the cut head are taken for the ids 0 to n."""
+
+    def misread(self, q, job):
+        # [0, 2, 4, …, 1, 3, …]: what was kept stands at the front.
+        return q.reshape(-1, VOCABULARY // 2, 2).swapaxes(1, 2).reshape(-1, VOCABULARY)
+
+
+class TakesQForUncut(WithAnotherQ):
+    """Wrong: q is that of the whole head, from which the tokens were not drawn."""
+
+    def __init__(self, model, whole):
+        super().__init__(model)
+        self._whole = whole
+
+    def misread(self, q, job):
+        cache = self._whole.new_cache()
+        (proposal,) = self._whole.propose([replace(job, cache=cache, unread=PROMPT)])
+        return proposal.q
+
+
 def second_tokens(target, sampling):
     """p of the first token [V], and of the second one [V], after PROMPT."""
     cache = target.new_cache()

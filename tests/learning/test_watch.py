@@ -29,7 +29,12 @@ ROWS = 50
 
 
 def summary(
-    number: int, alpha: float, domain: str = "a", temperature: float = 0.0, drafted: int = 60
+    number: int,
+    alpha: float,
+    domain: str = "a",
+    temperature: float = 0.0,
+    drafted: int = 60,
+    vocabulary: str | None = None,
 ) -> RequestSummary:
     return RequestSummary(
         id=number,
@@ -51,6 +56,7 @@ def summary(
         prompt_s=0.1,
         decode_s=1.0,
         stored_bytes=1,
+        vocabulary=vocabulary,
     )
 
 

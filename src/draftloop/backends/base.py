@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from draftloop.backends.architecture import Architecture
     from draftloop.backends.lora import AdapterForm, Lora
     from draftloop.backends.training import Example, Trainer, TrainerSettings
+    from draftloop.backends.vocabulary import CutVocabulary
     from draftloop.types import Rules, Verdict
 
 
@@ -70,7 +71,8 @@ class Proposal:
     Attributes:
         tokens: K token ids: a tuple of ints (any drafter) or a device array [K] (a draft model).
         q: the draft's warped distributions, device array [K, V_draft] float32; None means that each
-            q is a point mass on its token (greedy drafting, suffix matches).
+            q is a point mass on its token (greedy drafting, suffix matches). Columns are token ids also
+            where the draft's head is cut.
         num_tokens: K; 0 asks the target alone.
     """
 
@@ -100,6 +102,8 @@ class ProposeJob:
         num_draft_tokens: K >= 1.
         rules: warping and masks for the K coming rows.
         uniforms: [K] float32 in [0, 1): one a drafted token.
+        text: the text so far, the unread tokens included. A cut head proposes its tokens too, where
+            `Capabilities.drafts_from_text` says so: an answer repeats what was asked.
     """
 
     cache: Cache
@@ -107,6 +111,7 @@ class ProposeJob:
     num_draft_tokens: int
     rules: Rules
     uniforms: NDArray[np.float32]
+    text: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +143,11 @@ class Model(Protocol):
     @property
     def architecture(self) -> Architecture:
         """Its shapes."""
+        ...
+
+    @property
+    def vocabulary(self) -> CutVocabulary | None:
+        """What its output head was cut to when it was loaded; None where it is whole."""
         ...
 
     @property
@@ -201,6 +211,8 @@ class Capabilities:
         dtypes: activation types it computes in.
         quantized_bits: weight widths that it multiplies without unpacking them.
         device_memory_bytes: memory of the accelerator; None where it shares the machine's.
+        drafts_from_text: whether a cut head proposes also what stands in the text. Steps that are recorded
+            once (CUDA graphs) have a head of fixed rows.
     """
 
     backend: str
@@ -209,6 +221,7 @@ class Capabilities:
     dtypes: tuple[str, ...]
     quantized_bits: tuple[int, ...]
     device_memory_bytes: int | None
+    drafts_from_text: bool = False
 
 
 class Backend(Protocol):
@@ -218,11 +231,20 @@ class Backend(Protocol):
         """What it can do here."""
         ...
 
-    def load(self, folder: Path, *, max_kv_cache_tokens: int) -> Model:
+    def load(
+        self, folder: Path, *, max_kv_cache_tokens: int, vocabulary: CutVocabulary | None = None
+    ) -> Model:
         """Load a checked folder of safetensors.
+
+        Args:
+            folder: the model.
+            max_kv_cache_tokens: cap of each cache.
+            vocabulary: the only tokens whose logits the output head computes; every other token's are -inf,
+                so that it has no probability. None computes all. Reading is not cut: a text may hold any.
 
         Raises:
             ModelUnreadable: an architecture, quantization or tensor that this backend cannot read.
+            ValueError: `vocabulary` has ids that the model has not.
         """
         ...
 

@@ -123,8 +123,8 @@ def read_options(
 def open_store_for(asked: AnswerOptions) -> Iterator[Store | None]:
     """The store that the answers need; None where they need none.
 
-    Where nothing is collected it is only read, and only to learn which adapter to wear: none is created, and
-    one that cannot be read costs the active adapter, said in one line.
+    Where nothing is collected it is only read, and only to learn which adapter to wear and what to cut the
+    draft's head to: none is created, and one that cannot be read costs both, said in one line.
 
     Raises:
         StorageError: it cannot be used.
@@ -151,15 +151,16 @@ def _open_store(asked: AnswerOptions) -> Store | None:
     config = asked.config
     if config.storage.collect:
         return open_storage(config)
-    wears = asked.with_draft and asked.adapter != NO_ADAPTER
-    if not (wears and (Path(config.storage.directory) / DATABASE_NAME).exists()):
+    learnt = asked.adapter != NO_ADAPTER or config.speculative.draft_vocabulary != "full"
+    if not (asked.with_draft and learnt and (Path(config.storage.directory) / DATABASE_NAME).exists()):
         return None
     try:
         return open_storage(config, read_only=True)
     except StorageError as error:
-        if asked.adapter != ACTIVE_ADAPTER:
+        if _names_an_adapter(asked):
             raise StorageError(error.what, remedy="With --adapter none the bare draft answers.") from None
-        say(f"note: the draft goes without an adapter: {error.what}")
+        lacking = "an adapter" if asked.adapter == ACTIVE_ADAPTER else "what answers taught"
+        say(f"note: the draft goes without {lacking}: {error.what}")
         return None
 
 

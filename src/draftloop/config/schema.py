@@ -111,6 +111,7 @@ class SpeculativeSettings(Settings):
     top_k: CountOrNone = 0
     min_p: Share = 0.0
     acceptance_threshold: Share | Literal["auto"] = 0.5
+    draft_vocabulary: Count | Literal["full", "auto"] = "full"
 
 
 class ChatSettings(Settings):

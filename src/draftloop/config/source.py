@@ -285,9 +285,10 @@ def _dots(key: str) -> Iterator[int]:
 
 
 def _is_text(key: str) -> bool:
-    """Whether a value of this key is text: its default is one, and true or false would be none."""
+    """Whether a value of this key is text: its default is one, and neither a switch nor a number would do."""
     field = leaf_fields()[key]
-    return isinstance(field.get_default(), str) and bool not in get_args(field.annotation)
+    kinds = {getattr(one, "__origin__", one) for one in get_args(field.annotation)}
+    return isinstance(field.get_default(), str) and not kinds & {bool, int, float}
 
 
 def _is_null(node: yaml.Node) -> bool:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from draftloop.backends.architecture import Architecture
     from draftloop.backends.base import Backend
+    from draftloop.backends.vocabulary import CutVocabulary
     from draftloop.config import Config
     from draftloop.storage.records import PairKey, RunRecord
     from draftloop.storage.store import Store
@@ -68,6 +69,8 @@ class School:
         architecture: the draft's.
         eos_token_ids: of the tokenizer.
         facts: digests, versions, device; stored with the run and the adapter.
+        vocabulary: what the draft's head is cut to where it is served; None leaves it whole. Training always
+            sees all of it.
     """
 
     store: Store
@@ -79,6 +82,7 @@ class School:
     architecture: Architecture
     eos_token_ids: Sequence[int]
     facts: Mapping[str, Any]
+    vocabulary: CutVocabulary | None = None
 
 
 def learn(

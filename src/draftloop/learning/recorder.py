@@ -97,10 +97,14 @@ class Recorder:
         store: where to.
         pair: who answers.
         revert_after_requests: the active adapter is looked at each time it has answered so many.
+        vocabulary: names what the draft's head is cut to; None where it is whole.
     """
 
-    def __init__(self, store: Store, pair: PairKey, revert_after_requests: int) -> None:
+    def __init__(
+        self, store: Store, pair: PairKey, revert_after_requests: int, vocabulary: str | None = None
+    ) -> None:
         self._store = store
+        self._vocabulary = vocabulary
         self._pair = pair
         self._revert_after_requests = revert_after_requests
 
@@ -154,6 +158,7 @@ class Recorder:
             suffix_drafted_tokens=tally.suffix_drafted_tokens,
             suffix_accepted_tokens=tally.suffix_accepted_tokens,
             suffix_s=tally.suffix_s,
+            vocabulary=self._vocabulary,
         )
 
 

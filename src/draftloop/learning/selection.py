@@ -142,12 +142,15 @@ def _timed_round(drafted: Sequence[RequestSummary], num_draft_tokens: int) -> Ti
     """The mean round of the median request, of the newest ones with that cap.
 
     K may have varied from round to round, so its drafts are counted, not taken to be the cap. Rounds in which
-    a suffix match proposed are no rounds of the draft's.
+    a suffix match proposed are no rounds of the draft's. Only the newest request's vocabulary counts: another
+    one's drafts cost something else.
     """
     rounds = [
         TimedRound((one.decode_s - one.suffix_s) / count, one.drafted_tokens / count)
         for one in drafted
-        if one.num_draft_tokens == num_draft_tokens and (count := one.rounds - one.suffix_rounds)
+        if one.num_draft_tokens == num_draft_tokens
+        and one.vocabulary == drafted[-1].vocabulary
+        and (count := one.rounds - one.suffix_rounds)
     ]
     recent = sorted(rounds[-RECENT_ROUNDS:], key=lambda one: one.seconds)
     return recent[len(recent) // 2] if recent else None

@@ -26,9 +26,10 @@ CERTAINTY = 2.576
 """Standard errors (one-sided 99.5 %): the comparison is made again and again as requests come in. Simulated
 with ten looks, one adapter in fifty that is as good as the one before is taken back."""
 
-Kind = tuple[str, float, int]
-"""What requests must share to be compared: domain, temperature, and drafts a round, rounded: a round's later
-drafts are the harder ones, and a schedule makes more of them for a better draft."""
+Kind = tuple[str, float, int, str | None]
+"""What requests must share to be compared: domain, temperature, drafts a round, rounded (a round's later
+drafts are the harder ones, and a schedule makes more of them for a better draft), and what the draft's head
+was cut to, since no adapter brings back a token that was cut off."""
 
 
 def revert_if_falling(store: Store, pair: PairKey, *, after_requests: int) -> str | None:
@@ -90,7 +91,8 @@ def _by_kind(requests: Sequence[RequestSummary]) -> dict[Kind, list[float]]:
         alpha = mean_alpha(one.alpha_sum, one.tested_tokens)
         if alpha is not None:
             depth = round(one.drafted_tokens / (one.rounds - one.suffix_rounds))
-            alphas.setdefault((one.domain, one.temperature, depth), []).append(alpha)
+            kind = (one.domain, one.temperature, depth, one.vocabulary)
+            alphas.setdefault(kind, []).append(alpha)
     return alphas
 
 

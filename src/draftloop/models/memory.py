@@ -215,6 +215,19 @@ def weight_bytes(architecture: Architecture) -> int:
     return round(matrices * bits / 8) + vectors * dtype_bytes
 
 
+def cut_head_bytes(draft: Architecture, config: Config) -> int:
+    """A cut head's rows at the checkpoint's bits per weight: a copy, for the embedding keeps its own.
+
+    Counted as if the rows were at most `speculative.draft_vocabulary`, or half of all where it is `auto`.
+    """
+    asked = config.speculative.draft_vocabulary
+    rows = draft.vocab_size // 2 if asked == "auto" else 0 if asked == "full" else asked
+    if rows >= draft.vocab_size:
+        return 0
+    bits = draft.quantization.bits_per_weight if draft.quantization else 8 * DTYPE_BYTES.get(draft.dtype, 4)
+    return round(rows * draft.hidden_size * bits / 8)
+
+
 def kv_cache_bytes(architecture: Architecture, max_kv_cache_tokens: int) -> int:
     """2 bytes for each key and value of each layer and token (`Architecture.kv_values_per_token`)."""
     return KV_BYTES * architecture.kv_values_per_token * max_kv_cache_tokens
@@ -285,9 +298,11 @@ def _parts(target: Architecture, draft: Architecture | None, config: Config) -> 
         draft_tokens = config.models.draft.max_kv_cache_tokens
         scratch += generation_scratch_bytes(draft, rows, draft_tokens)
         draft_cache = kv_cache_bytes(draft, draft_tokens)
+        cut = cut_head_bytes(draft, config)
         adapter = LORA_BYTES * lora_parameters(draft, lora.rank, lora.target_modules)
         entries += [
             ("draft: weights", weight_bytes(draft), both),
+            *([("draft: cut output head", cut, generation)] if cut else []),
             ("draft: KV cache", draft_cache, generation),
             ("LoRA: weights, gradients, Adam's moments", adapter, training),
             ("training: activations", training_activation_bytes(draft, config), training),

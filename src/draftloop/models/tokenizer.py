@@ -94,6 +94,11 @@ class Tokenizer:
         """
         return self._configured_eos | self._end_of_turn()
 
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that stand for no text: they frame messages, or end them."""
+        return frozenset(self._special_tokens) | self.eos_token_ids
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`, with nothing added before or after.
 

@@ -117,6 +117,7 @@ class ModelDrafter:
                     num_draft_tokens=k,
                     rules=stream.rules,
                     uniforms=stream.uniforms.draft(stream.emitted_tokens, k),
+                    text=conversation.tokens,
                 )
             )
         return self._draft.propose(jobs)

@@ -84,6 +84,7 @@ class RequestRecord:
         suffix_drafted_tokens: proposed by the matches.
         suffix_accepted_tokens: kept of those.
         suffix_s: the part of decode_s that they took.
+        vocabulary: names what the draft's head was cut to (`CutVocabulary.name`); None where it was whole.
     """
 
     created_s: float
@@ -113,6 +114,7 @@ class RequestRecord:
     suffix_drafted_tokens: int = 0
     suffix_accepted_tokens: int = 0
     suffix_s: float = 0.0
+    vocabulary: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,7 @@ class RequestSummary:
     suffix_drafted_tokens: int = 0
     suffix_accepted_tokens: int = 0
     suffix_s: float = 0.0
+    vocabulary: str | None = None
 
 
 class AdapterStatus(StrEnum):

@@ -56,6 +56,7 @@ _SCALARS = (
     "suffix_drafted_tokens",
     "suffix_accepted_tokens",
     "suffix_s",
+    "vocabulary",
 )
 """Fields of a record that are a column as they are."""
 _SAMPLING = Sampling.__slots__

@@ -119,4 +119,9 @@ _SUFFIX_ROUNDS: Migration = tuple(
     )
 )
 
-MIGRATIONS: Sequence[Migration] = (_FIRST, _SUFFIX_ROUNDS)
+_VOCABULARIES: Migration = (
+    # What the draft's head was cut to; NULL where it was whole.
+    "ALTER TABLE requests ADD COLUMN vocabulary TEXT",
+)
+
+MIGRATIONS: Sequence[Migration] = (_FIRST, _SUFFIX_ROUNDS, _VOCABULARIES)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from draftloop.backends.mlx.model import MlxModel
     from draftloop.backends.mlx.training import MlxTrainer
     from draftloop.backends.training import TrainerSettings
+    from draftloop.backends.vocabulary import CutVocabulary
 
 
 class MlxBackend:
@@ -61,19 +62,24 @@ class MlxBackend:
             device_memory_bytes=memory_bytes,
         )
 
-    def load(self, folder: Path, *, max_kv_cache_tokens: int) -> MlxModel:
+    def load(
+        self, folder: Path, *, max_kv_cache_tokens: int, vocabulary: CutVocabulary | None = None
+    ) -> MlxModel:
         """Load a folder through mlx-lm; 4-bit weights stay packed.
 
         Raises:
             ModelUnreadable: what mlx-lm refuses, in its words.
+            ValueError: `vocabulary` has ids that the model has not.
         """
         # mlx-lm imports transformers, which takes seconds.
         from draftloop.backends.mlx.model import MlxModel
 
         architecture = read_architecture(folder)
+        if vocabulary is not None:
+            vocabulary.check_fits(architecture.vocab_size)
         with mx.stream(self._device):
             network = _load_network(folder, architecture)
-        return MlxModel(architecture, network, self._device, max_kv_cache_tokens)
+        return MlxModel(architecture, network, self._device, max_kv_cache_tokens, vocabulary)
 
     def new_trainer(self, folder: Path, lora: Lora, settings: TrainerSettings) -> MlxTrainer:
         """A trainer with a network of its own, so that a draft loaded from the same folder is untouched.

@@ -16,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 from draftloop.backends.base import Proposal
 from draftloop.backends.mlx.acceptance import accept, draw, mask, top_tokens, warp
 from draftloop.backends.mlx.adapter import Adapters
+from draftloop.backends.mlx.head import CutHead
 from draftloop.backends.mlx.memory import memory_errors
 from draftloop.backends.mlx.replay import replay
 from draftloop.types import TRACE_TOP_TOKENS, Trace, Verdict
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from draftloop.backends.base import Cache, PrefillJob, ProposeJob, VerifyJob
     from draftloop.backends.lora import AdapterForm, Lora
     from draftloop.backends.training import Example
+    from draftloop.backends.vocabulary import CutVocabulary
 
     Floats = NDArray[np.float32]
 
@@ -107,16 +109,26 @@ class MlxModel:
         network: mlx-lm's module: (tokens [B, T], cache) → logits [B, T, V].
         device: where to run.
         max_kv_cache_tokens: cap of each cache.
+        vocabulary: what the head is cut to; None leaves it whole.
     """
 
     def __init__(
-        self, architecture: Architecture, network: Any, device: mx.Device, max_kv_cache_tokens: int
+        self,
+        architecture: Architecture,
+        network: Any,
+        device: mx.Device,
+        max_kv_cache_tokens: int,
+        vocabulary: CutVocabulary | None = None,
     ) -> None:
         self._architecture = architecture
         self._network = network
         self._device = device
         self._max_kv_cache_tokens = max_kv_cache_tokens
         self._adapters = Adapters(architecture, network)
+        self._cut: CutHead | None = None
+        if vocabulary is not None:
+            with self._running("cutting the draft's head"):
+                self._cut = CutHead(network, architecture, vocabulary)
 
     @property
     def architecture(self) -> Architecture:
@@ -124,9 +136,14 @@ class MlxModel:
         return self._architecture
 
     @property
+    def vocabulary(self) -> CutVocabulary | None:
+        """What its head is cut to."""
+        return None if self._cut is None else self._cut.vocabulary
+
+    @property
     def weight_bytes(self) -> int:
-        """Bytes its weights occupy, packed where they are, and those of its adapter."""
-        return self._adapters.num_bytes
+        """Bytes its weights occupy, packed where they are, and those of its adapter and of a cut head."""
+        return self._adapters.num_bytes + (0 if self._cut is None else self._cut.num_bytes)
 
     def new_cache(self) -> MlxCache:
         """An empty cache."""
@@ -159,7 +176,7 @@ class MlxModel:
     def logits(self, cache: Cache, tokens: Sequence[int]) -> Floats:
         """Append tokens [T] and return their logits [T, V]."""
         with self._running("answering"):
-            return np.array(self._forward(cache, _ids(tokens)).astype(mx.float32))
+            return np.array(self._spread(self._forward(cache, _ids(tokens)), -mx.inf).astype(mx.float32))
 
     @property
     def adapter_forms(self) -> tuple[AdapterForm, ...]:
@@ -174,7 +191,7 @@ class MlxModel:
     def replay(self, batch: Sequence[Example]) -> list[Floats]:
         """Alpha at each response row of each example, [R]."""
         with self._running("measuring the draft"):
-            return [replay(self._network, self._architecture, example) for example in batch]
+            return [replay(self._network, self._architecture, example, self._cut) for example in batch]
 
     @contextmanager
     def _running(self, what: str) -> Iterator[None]:
@@ -183,18 +200,25 @@ class MlxModel:
             yield
 
     def _forward(self, cache: Cache, tokens: mx.array) -> mx.array:
-        """Append tokens [T] int32 to a cache: logits [T, V], in the model's own dtype.
+        """Append tokens [T] int32 to a cache: the head's logits [T, V or n], in the model's own dtype.
 
         An id past the vocabulary (the other model's padding) reads as the last row.
         """
         own = cast("MlxCache", cache)
         own.check_room(tokens.size)
         inside = mx.minimum(tokens, self._architecture.vocab_size - 1)
+        if self._cut is not None:
+            return self._cut.logits(self._network.model(inside[None], cache=own.layers)[0])
         logits: mx.array = self._network(inside[None], cache=own.layers)[0]
         return logits
 
+    def _spread(self, rows: mx.array, elsewhere: float) -> mx.array:
+        """Columns of a cut head -> columns that are token ids; of a whole one as they are."""
+        return rows if self._cut is None else self._cut.spread(rows, elsewhere)
+
     def _propose(self, job: ProposeJob) -> Proposal:
-        rules, uniforms = job.rules, mx.array(job.uniforms)
+        cut, uniforms = self._cut, mx.array(job.uniforms)
+        rules = job.rules if cut is None else cut.vocabulary.rules(job.rules)
         coming = _ids(job.unread)
         tokens, rows = [], []
         for i in range(job.num_draft_tokens):
@@ -205,11 +229,11 @@ class MlxModel:
             else:
                 rows.append(warp(scores, rules.sampling))
                 token = draw(rows[-1][0], uniforms[i])
-            coming = token.astype(mx.int32)[None]
+            coming = (token if cut is None else cut.token_ids(token)).astype(mx.int32)[None]
             # The device starts on this step while the host builds the next one.
             mx.async_eval(coming)  # type: ignore[no-untyped-call]
             tokens.append(coming)
-        q = mx.concatenate(rows) if rows else None
+        q = self._spread(mx.concatenate(rows), 0.0) if rows else None
         return Proposal(tokens=mx.concatenate(tokens), q=q, num_tokens=job.num_draft_tokens)
 
     def _decide(self, job: VerifyJob) -> list[mx.array]:
@@ -221,7 +245,7 @@ class MlxModel:
         tokens = proposal.tokens
         if not isinstance(tokens, mx.array):
             tokens = _ids(tokens)
-        logits = self._forward(job.cache, mx.concatenate([_ids([job.last]), tokens]))
+        logits = self._spread(self._forward(job.cache, mx.concatenate([_ids([job.last]), tokens])), -mx.inf)
         p = warp(mask(logits, rules.masked_ids, rules.masked_rows), rules.sampling)
         decision = accept(p, proposal.q, tokens, mx.array(job.accept_uniforms), mx.array(job.extra_uniforms))
         part = [

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from draftloop.backends.architecture import Architecture
+    from draftloop.backends.mlx.head import CutHead
     from draftloop.backends.training import Example
 
 HEAD_ROWS = 64
@@ -46,9 +47,11 @@ def row_chunks(num_rows: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + HEAD_ROWS, num_rows)
 
 
-def replay(network: Any, architecture: Architecture, example: Example) -> NDArray[np.float32]:
-    """Alpha at each response row, [R]; see `Model.replay`."""
-    head = head_of(network, architecture)
+def replay(
+    network: Any, architecture: Architecture, example: Example, cut: CutHead | None = None
+) -> NDArray[np.float32]:
+    """Alpha at each response row, [R], with a head that may be cut; see `Model.replay`."""
+    head = head_of(network, architecture) if cut is None else cut.whole_rows
     hidden = network.model(read_tokens(example, architecture)[None])[0, example.num_prompt_tokens - 1 :]
     # Else every chunk's graph would hold the whole forward pass.
     mx.eval(hidden)

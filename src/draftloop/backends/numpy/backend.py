@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from draftloop.backends.base import Cache, PrefillJob, ProposeJob, VerifyJob
     from draftloop.backends.lora import AdapterForm, Lora
     from draftloop.backends.training import Example, Trainer, TrainerSettings
+    from draftloop.backends.vocabulary import CutVocabulary
 
 
 class NumpyBackend:
@@ -57,17 +58,23 @@ class NumpyBackend:
             dtypes=("float32",),
             quantized_bits=(),
             device_memory_bytes=None,
+            drafts_from_text=True,
         )
 
-    def load(self, folder: Path, *, max_kv_cache_tokens: int) -> NumpyModel:
+    def load(
+        self, folder: Path, *, max_kv_cache_tokens: int, vocabulary: CutVocabulary | None = None
+    ) -> NumpyModel:
         """Load a folder; 4-bit weights are unpacked to float32.
 
         Raises:
             ModelUnreadable: a file is damaged, a tensor missing, or the architecture another.
+            ValueError: `vocabulary` has ids that the model has not.
         """
         architecture = read_architecture(folder)
+        if vocabulary is not None:
+            vocabulary.check_fits(architecture.vocab_size)
         decoder = Decoder(architecture, read_weights(folder, architecture.quantization))
-        return NumpyModel(architecture, decoder, max_kv_cache_tokens)
+        return NumpyModel(architecture, decoder, max_kv_cache_tokens, vocabulary)
 
     def new_trainer(self, folder: Path, lora: Lora, settings: TrainerSettings) -> Trainer:  # noqa: ARG002
         """Never: the reference has no backward pass.
@@ -84,17 +91,29 @@ class NumpyBackend:
 
 
 class NumpyModel:
-    """One decoder behind the seam."""
+    """One decoder behind the seam. Being the reference, it computes a whole head and cuts its logits."""
 
-    def __init__(self, architecture: Architecture, decoder: Decoder, max_kv_cache_tokens: int) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        decoder: Decoder,
+        max_kv_cache_tokens: int,
+        vocabulary: CutVocabulary | None = None,
+    ) -> None:
         self._architecture = architecture
         self._decoder = decoder
         self._max_kv_cache_tokens = max_kv_cache_tokens
+        self._vocabulary = vocabulary
 
     @property
     def architecture(self) -> Architecture:
         """Its shapes."""
         return self._architecture
+
+    @property
+    def vocabulary(self) -> CutVocabulary | None:
+        """What its logits are cut to."""
+        return self._vocabulary
 
     @property
     def weight_bytes(self) -> int:
@@ -138,11 +157,22 @@ class NumpyModel:
     def _replay(self, example: Example) -> NDArray[np.float32]:
         # The last token predicts no row; a cache of the example's own length is never too short.
         cache = NumpyCache(self._architecture, len(example.tokens))
-        logits = self._read(cache, example.tokens[:-1].tolist())
-        return alpha_rows(logits[example.num_prompt_tokens - 1 :], example)
+        first, tokens = example.num_prompt_tokens, example.tokens.tolist()
+        logits = self._decoder.forward(cache, tokens[:-1])[first - 1 :]
+        rows = [self._cut(row[None], tokens[: first + i]) for i, row in enumerate(logits)]
+        return alpha_rows(np.concatenate([*rows, logits[:0]]), example)
 
     def _read(self, cache: Cache, tokens: Sequence[int]) -> NDArray[np.float32]:
-        return self._decoder.forward(cast("NumpyCache", cache), tokens)
+        return self._cut(self._decoder.forward(cast("NumpyCache", cache), tokens), ())
+
+    def _cut(self, logits: NDArray[np.float32], text: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [R, V] of the kept tokens and those of `text`; -inf elsewhere."""
+        if self._vocabulary is None:
+            return logits
+        ids = self._vocabulary.with_text(text, logits.shape[1]).ids
+        cut = np.full_like(logits, -np.inf)
+        cut[:, ids] = logits[:, ids]
+        return cut
 
     def _propose(self, job: ProposeJob) -> Proposal:
         rules = job.rules
@@ -150,7 +180,8 @@ class NumpyModel:
         tokens: list[int] = []
         rows = []
         for i in range(job.num_draft_tokens):
-            logits = self._read(job.cache, coming)[-1:]
+            logits = self._decoder.forward(cast("NumpyCache", job.cache), coming)[-1:]
+            logits = self._cut(logits, job.text)
             rows.append(warp(logits, rules.sampling, rules.masked_ids, rules.masked_rows - i))
             tokens.append(draw(rows[-1][0], float(job.uniforms[i])))
             coming = tokens[-1:]

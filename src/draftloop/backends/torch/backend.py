@@ -17,6 +17,7 @@ from draftloop.backends.torch.acceptance import draw, mask, to_device, verdict_o
 from draftloop.backends.torch.adapter import adapter_forms, deployed_layers
 from draftloop.backends.torch.cuda.graphs import graphed_steps
 from draftloop.backends.torch.decoder import Decoder, TorchCache
+from draftloop.backends.torch.head import CutHead
 from draftloop.backends.torch.memory import memory_errors
 from draftloop.backends.torch.native.library import load_library
 from draftloop.backends.torch.replay import row_alphas, rows_of
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from draftloop.backends.lora import AdapterForm, Lora
     from draftloop.backends.torch.weights import Weights
     from draftloop.backends.training import Example, TrainerSettings
+    from draftloop.backends.vocabulary import CutVocabulary
     from draftloop.types import Verdict
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,20 +54,33 @@ class TorchModel:
         loader: made the weights; an adapter's fused forms read the folder's rows through it again.
         weights: the base's, which no adapter changes.
         max_tokens: of each cache.
+        vocabulary: what the weights' head is cut to; None where it is whole.
     """
 
-    def __init__(self, loader: WeightLoader, weights: Weights, max_tokens: int) -> None:
+    def __init__(
+        self, loader: WeightLoader, weights: Weights, max_tokens: int, vocabulary: CutVocabulary | None = None
+    ) -> None:
         self.decoder = Decoder(loader.architecture, weights, loader.dtype, max_tokens)
         self._loader = loader
         self._base = weights
         self._max_tokens = max_tokens
         self._device = loader.device
         self._steps = graphed_steps(self.decoder, max_tokens)
+        self._cut: CutHead | None = None
+        if vocabulary is not None:
+            rows_of = loader.head_rows if drafts_from_text(loader.device) else None
+            size = loader.architecture.vocab_size
+            self._cut = CutHead(vocabulary, weights.head, rows_of, size, loader.device)
 
     @property
     def architecture(self) -> Architecture:
         """See `Model`."""
         return self.decoder.architecture
+
+    @property
+    def vocabulary(self) -> CutVocabulary | None:
+        """See `Model`."""
+        return None if self._cut is None else self._cut.chosen
 
     @property
     def weight_bytes(self) -> int:
@@ -99,7 +114,10 @@ class TorchModel:
     @torch.inference_mode()
     def logits(self, cache: Cache, tokens: Sequence[int]) -> NDArray[np.float32]:
         """See `Model`."""
-        host: NDArray[np.float32] = self._logits(cache, self._ids(tokens)).cpu().numpy()
+        if self._cut is not None:
+            self._cut.follow(())
+        logits = self._spread(self._logits(cache, self._ids(tokens)), -torch.inf)
+        host: NDArray[np.float32] = logits.cpu().numpy()
         return host
 
     @property
@@ -125,50 +143,71 @@ class TorchModel:
     def _replay(self, example: Example) -> NDArray[np.float32]:
         if not example.num_rows:
             return np.empty(0, np.float32)
+        if self._cut is not None:
+            self._cut.follow(example.tokens)
         rows, first = rows_of(example, self._device), example.num_prompt_tokens - 1
         hidden = self.decoder.hidden_rows(self._ids(example.tokens[:-1]), first, _REPLAY_CHUNK_TOKENS)
         alphas = [
-            row_alphas(self.decoder.head(chunk), rows, example, _REPLAY_CHUNK_ROWS * i)
-            for i, chunk in enumerate(hidden.split(_REPLAY_CHUNK_ROWS))
+            row_alphas(self._example_rows(chunk, example, start), rows, example, start)
+            for start, chunk in zip(
+                range(0, example.num_rows, _REPLAY_CHUNK_ROWS), hidden.split(_REPLAY_CHUNK_ROWS), strict=True
+            )
         ]
         host: NDArray[np.float32] = torch.cat(alphas).cpu().numpy()
         return host
 
+    def _example_rows(self, hidden: torch.Tensor, example: Example, start: int) -> torch.Tensor:
+        """Logits [R, V] of an example's rows from `start` on, as the draft would have proposed by them."""
+        if self._cut is None:
+            return self.decoder.head(hidden)
+        return self._cut.followed_rows(hidden, example.tokens, example.num_prompt_tokens + start)
+
     def _propose(self, job: ProposeJob) -> Proposal:
-        sampling = job.rules.sampling
+        rules = job.rules
+        if self._cut is not None:
+            self._cut.follow(job.text)
+            rules = self._cut.vocabulary.rules(rules)
+        sampling = rules.sampling
         uniforms = to_device(job.uniforms, self._device)
         tokens: list[torch.Tensor] = []
         rows: list[torch.Tensor] = []
         ids = self._ids(job.unread)
         for step in range(job.num_draft_tokens):
             logits = self._logits(job.cache, ids, last=True)
-            logits = mask(logits, job.rules, first_row=step)
+            logits = mask(logits, rules, first_row=step)
             if sampling.greedy:
-                ids = logits.argmax(dim=-1)
+                columns = logits.argmax(dim=-1)
             else:
                 rows.append(warp(logits, sampling))
-                ids = draw(rows[-1], uniforms[step : step + 1])
+                columns = draw(rows[-1], uniforms[step : step + 1])
+            ids = columns if self._cut is None else self._cut.token_ids(columns)
             tokens.append(ids)
-        return Proposal(torch.cat(tokens), torch.cat(rows) if rows else None, job.num_draft_tokens)
+        q = self._spread(torch.cat(rows), 0.0) if rows else None
+        return Proposal(torch.cat(tokens), q, job.num_draft_tokens)
 
     def _verify(self, job: VerifyJob) -> Verdict:
         ids = self._ids((job.last,))
         if job.proposal.num_tokens:
             guesses = job.proposal.tokens
             ids = torch.cat((ids, guesses if isinstance(guesses, torch.Tensor) else self._ids(guesses)))
-        return verdict_of(self._logits(job.cache, ids), job)
+        return verdict_of(self._spread(self._logits(job.cache, ids), -torch.inf), job)
+
+    def _spread(self, rows: torch.Tensor, elsewhere: float) -> torch.Tensor:
+        """Columns of a cut head [R, n] -> columns that are token ids [R, V]; of a whole one as they are."""
+        return rows if self._cut is None else self._cut.spread(rows, elsewhere)
 
     def _ids(self, tokens: Sequence[int] | NDArray[np.int32]) -> torch.Tensor:
         return torch.tensor(list(tokens), dtype=torch.long).to(self._device, non_blocking=True)
 
     def _logits(self, cache: Cache, ids: torch.Tensor, *, last: bool = False) -> torch.Tensor:
-        """Read `ids` [T]: their logits [T, V] float32, or those of the last one only."""
+        """Read `ids` [T]: the head's logits of them [T, V or n] float32, or of the last one only."""
         if self._steps is not None and isinstance(cache, TorchCache):
             logits = self._steps.logits(cache, ids)
             if logits is not None:
                 return logits[-1:] if last else logits
         hidden = self._forward(cache, ids)
-        return self.decoder.head(hidden[-1:] if last else hidden)
+        rows = hidden[-1:] if last else hidden
+        return self.decoder.head(rows) if self._cut is None else self._cut.logits(rows)
 
     def _forward(self, cache: Cache, ids: torch.Tensor) -> torch.Tensor:
         if not isinstance(cache, TorchCache):
@@ -199,15 +238,20 @@ class TorchBackend:
             dtypes=("float32", "bfloat16", "float16") if on_gpu else ("float32", "bfloat16"),
             quantized_bits=(4,),
             device_memory_bytes=torch.cuda.get_device_properties(0).total_memory if on_gpu else None,
+            drafts_from_text=drafts_from_text(self._device),
         )
 
-    def load(self, folder: Path, *, max_kv_cache_tokens: int) -> TorchModel:
+    def load(
+        self, folder: Path, *, max_kv_cache_tokens: int, vocabulary: CutVocabulary | None = None
+    ) -> TorchModel:
         """See `Backend`."""
         architecture = read_architecture(folder)
+        if vocabulary is not None:
+            vocabulary.check_fits(architecture.vocab_size)
         dtype = self._activation_dtype(architecture)
         loader = WeightLoader(folder, architecture, dtype, self._device)
         with memory_errors(f"loading {folder.name}", _SERVING_REMEDY), torch.inference_mode():
-            return TorchModel(loader, loader.load(), max_kv_cache_tokens)
+            return TorchModel(loader, loader.load(vocabulary), max_kv_cache_tokens, vocabulary)
 
     def new_trainer(self, folder: Path, lora: Lora, settings: TrainerSettings) -> TorchTrainer:
         """See `Backend`."""
@@ -234,6 +278,11 @@ class TorchBackend:
         if (on_cpu and dtype is torch.float16) or (not on_cpu and architecture.quantization is not None):
             return torch.bfloat16
         return dtype
+
+
+def drafts_from_text(device: torch.device) -> bool:
+    """A recorded step on a GPU has a head of fixed rows."""
+    return device.type == "cpu"
 
 
 def _processor() -> str:

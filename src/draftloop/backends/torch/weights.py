@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from draftloop.backends.architecture import Architecture, Quantization
+    from draftloop.backends.vocabulary import CutVocabulary
 
 
 class Embedding(Protocol):
@@ -156,22 +160,25 @@ class WeightLoader:
         self.device = device
         self.tensors = TensorFolder(folder, architecture)
 
-    def load(self) -> Weights:
-        """Read and pack every layer."""
+    def load(self, vocabulary: CutVocabulary | None = None) -> Weights:
+        """Read and pack every layer, and of the head the rows of `vocabulary`, or all."""
         layers = tuple(self._layer(f"model.layers.{i}") for i in range(self.architecture.num_layers))
         linears = [m for layer in layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-        embedding, tied = self.embedding(), self.architecture.tied_embeddings
-        if isinstance(embedding, DenseEmbedding) and tied:
+        embedding = self.embedding()
+        shared = self.architecture.tied_embeddings and vocabulary is None
+        if isinstance(embedding, DenseEmbedding) and shared:
             head: Linear = DenseLinear(embedding.weight, None)
+        elif vocabulary is not None:
+            head = self.head_rows(vocabulary.ids)
         else:
             head = self._linear(self.head_module)
-        untied = isinstance(embedding, DenseEmbedding) and not tied
+        apart = embedding.weight.nbytes if isinstance(embedding, DenseEmbedding) and not shared else 0
         return Weights(
             embedding=embedding,
             layers=layers,
             final_norm=self.norm("model.norm"),
             head=head,
-            num_bytes=sum(m.num_bytes for m in (*linears, head)) + (head.num_bytes if untied else 0),
+            num_bytes=sum(m.num_bytes for m in (*linears, head)) + apart,
         )
 
     def embedding(self) -> DenseEmbedding | AffineEmbedding:
@@ -212,6 +219,17 @@ class WeightLoader:
     def norm(self, module: str) -> torch.Tensor:
         """A norm's weight, float32."""
         return self.tensors.dense(f"{module}.weight").to(self.device, torch.float32)
+
+    def head_rows(self, ids: NDArray[np.int32]) -> Linear:
+        """The head's rows of these ids, in their order: a copy, also where the embedding is the head."""
+        rows = torch.tensor(ids, dtype=torch.long)
+        quantization = self.architecture.quantization
+        if quantization is None:
+            weight = self.tensors.dense(f"{self.head_module}.weight")[rows]
+            return DenseLinear(weight.to(self.device, self.dtype), None)
+        whole = self.tensors.affine(self.head_module, quantization)
+        part = AffineWeight(whole.weight[rows], whole.scales[rows], whole.biases[rows])
+        return int4_linear([part], None, quantization.group_size, self.dtype, self.device)
 
     def _layer(self, prefix: str) -> Layer:
         attention, qk_norm = f"{prefix}.self_attn", self.architecture.qk_norm
