@@ -8,7 +8,6 @@ import pytest
 import pupils
 from draftloop.learning.circle import learn
 from draftloop.models.memory import plan_memory
-from draftloop.speculation import calibration
 from pupils import Watched, ask
 from toys import EOS_ID, SPECIAL_TOKENS, TOKENIZER_SIZE
 
@@ -115,15 +114,11 @@ class TestTraining:
 
 def test_costs_are_remembered_for_each_size(classroom, tmp_path, monkeypatch):
     monkeypatch.setenv("DRAFTLOOP_CACHE", str(tmp_path / "cache"))
-    keys = []
-    monkeypatch.setattr(
-        "draftloop.loading.calibrated_costs",
-        lambda pair, cap, facts: keys.append(facts) or calibration.measure_costs(pair, cap),
-    )
+    remembered = []
     for size in (KEPT, KEPT, "full"):
         classroom.engine(None, speculative__schedule="adaptive", speculative__draft_vocabulary=size)
-    assert keys[0] == keys[1]
-    assert keys[0] != keys[2]
+        remembered.append(len(list((tmp_path / "cache" / "calibration").iterdir())))
+    assert remembered == [1, 1, 2]
 
 
 def test_the_memory_plan_counts_the_copied_rows(classroom):
