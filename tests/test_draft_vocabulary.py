@@ -117,7 +117,7 @@ def test_costs_are_remembered_for_each_size(classroom, tmp_path, monkeypatch):
     remembered = []
     for size in (KEPT, KEPT, "full"):
         classroom.engine(None, speculative__schedule="adaptive", speculative__draft_vocabulary=size)
-        remembered.append(len(list((tmp_path / "cache" / "calibration").iterdir())))
+        remembered.append(len(list((tmp_path / "cache" / "calibration").glob("*.json"))))
     assert remembered == [1, 1, 2]
 
 

@@ -30,8 +30,8 @@ FIRST_TOKENS = 1_024
 """Answers with fewer tokens together teach nothing."""
 AUTO_TOKENS = 8_192
 """With fewer, `auto` cuts nothing: what they lack is mostly what was not asked yet."""
-WINDOW_TOKENS = 262_144
-"""No more of them are read, the newest: a second's work."""
+WINDOW_TOKENS = 65_536
+"""No more of them are read, the newest of a version: that is done at each start."""
 AUTO_SIZES = (16_384, 32_768, 49_152, 65_536)
 """What `auto` tries, smallest first."""
 MOST_MISSED = 0.01
@@ -74,6 +74,8 @@ def choose_vocabulary(
         StorageError: the store cannot be read.
     """
     usable = min(wanted.draft_tokens, wanted.known_tokens)
+    if setting == "auto" and usable < 2 * AUTO_SIZES[0]:
+        return None
     if setting == "full" or (setting != "auto" and setting >= usable):
         return None
     taught = _taught([] if store is None else _teachers(store, pair), usable, from_text=wanted.from_text)
