@@ -107,7 +107,7 @@ def test_a_seed_gives_the_same_sample_whatever_was_written_before(new_engine: Ca
     for one in alone:
         taught.complete(request(taught, sampling=SAMPLED))
         # An answer that begins as the seeded one does, from an earlier text that the index would draft from.
-        taught._experience.suffixes.add_answer(one.token_ids[:-1] + (5,) * 20)
+        taught.experience.suffixes.add_answer(one.token_ids[:-1] + (5,) * 20)
     again = [taught.complete(one) for one in seeded]
     assert [one.token_ids for one in again] == [one.token_ids for one in alone]
     assert [one.tally for one in again] == [one.tally for one in alone]
@@ -116,20 +116,20 @@ def test_a_seed_gives_the_same_sample_whatever_was_written_before(new_engine: Ca
 def test_modes_of_a_benchmark_learn_nothing_from_each_other(new_engine: Callable[..., Engine]) -> None:
     engine = new_engine()
     modes = [
-        Ours(name, "", engine, engine.new_experience(), k, matched)
+        Ours(name, "", engine, engine.experience.anew(), k, matched)
         for name, k, matched in (("target", 0, 0), ("speculative", 2, 15), ("draft", 2, 0), ("suffix", 0, 15))
     ]
     job = Job(tuple(request(engine).prompt_tokens), 60, GREEDY, 0)
     alone = new_engine()
     expected = {
         name: alone.complete(
-            request(alone, num_draft_tokens=k, num_suffix_tokens=15), None, alone.new_experience()
+            request(alone, num_draft_tokens=k, num_suffix_tokens=15), None, alone.experience.anew()
         )
         for name, k in (("speculative", 2), ("suffix", 0))
     }
     for order in (modes, modes[::-1]):
         fresh = [
-            Ours(one.name, "", engine, engine.new_experience(), one.num_draft_tokens, one.num_suffix_tokens)
+            Ours(one.name, "", engine, engine.experience.anew(), one.num_draft_tokens, one.num_suffix_tokens)
             for one in order
         ]
         (answers,) = interleave(fresh, [job], lambda *_: None)

@@ -170,13 +170,9 @@ class Engine:
         self._recorder = recorder
         self._active_adapter = active_adapter
         self._prefixes = prefixes
-        self._experience = Experience(schedule, suffixes or SuffixIndex(0))
+        self.experience = Experience(schedule, suffixes or SuffixIndex(0))
         self._cache_clear_frequency = cache_clear_frequency
         self._answers = 0
-
-    def new_experience(self) -> Experience:
-        """For answers that shall not learn from others: `stream` takes it."""
-        return self._experience.anew()
 
     def open_conversation(self) -> Conversation:
         """Empty caches for a conversation of several turns."""
@@ -201,8 +197,8 @@ class Engine:
         lora, form = (None, AdapterForm.UNFUSED) if deployed is None else (deployed.lora, deployed.form)
         self.pair.draft.set_adapter(lora, form)
         self.adapter = None if deployed is None else deployed.name
-        if self._experience.schedule is not None:
-            self._experience.schedule.draft_changed()
+        if self.experience.schedule is not None:
+            self.experience.schedule.draft_changed()
         logger.debug("the draft wears %s (%s)", self.adapter or "no adapter", form)
 
     def stream(
@@ -236,7 +232,7 @@ class Engine:
             conversation.forget_draft(self.adapter)
         settings = self._decode_settings(request)
         answer = _Answer(request, settings, self.adapter, TextStream(self.tokenizer, request.stop))
-        stream = (experience or self._experience).open(
+        stream = (experience or self.experience).open(
             conversation,
             settings,
             num_suffix_tokens=request.num_suffix_tokens,

@@ -11,6 +11,7 @@ from draftloop.speculation.costs import LiveCosts, RoundCosts
 from draftloop.speculation.expectation import PRIOR_CHANCE, PositionAcceptance
 from draftloop.speculation.schedule import (
     FIRST_ALLOWANCE_ROUNDS,
+    PROBE_ROUNDS,
     PROBE_SHARE,
     AdaptivePace,
     Schedule,
@@ -343,3 +344,14 @@ def test_rounds_of_matches_say_nothing_about_the_draft():
     for _ in range(50):
         pace.observe(Timed(7, by_model=False, backlog_tokens=0, alphas=(), seconds=0.2))
     assert schedule.acceptance.chances(3) == before
+
+
+def test_a_probe_whose_round_a_match_takes_is_made_later():
+    pace = Schedule(HOPELESS).open(3)
+    seen = []
+    for index in range(12):
+        k = pace.choose(3, 0, 100).num_draft_tokens
+        matched = index % 2 == 0
+        seen.append(k > 0)
+        pace.observe(Timed(2 if matched else k, k > 0 and not matched, 0, (), None))
+    assert seen == [True] * (2 * PROBE_ROUNDS) + [False] * 4

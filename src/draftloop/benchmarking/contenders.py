@@ -97,7 +97,7 @@ class Ours:
 
     def answer(self, job: Job) -> Answer:
         """See `Contender`. The first round reads the prompt's last token, as every round reads one."""
-        experience = self.engine.new_experience() if job.warm_up else self.experience
+        experience = self.engine.experience.anew() if job.warm_up else self.experience
         completion = self.engine.complete(
             Request(
                 prompt_tokens=job.prompt_tokens,

@@ -281,7 +281,7 @@ def _open(
     parts = [f"up to {k} draft tokens, {worn}"] if k else []
     parts += [f"suffix matches of up to {matched} tokens"] if matched else []
     told = ", ".join(parts) or "the target alone"
-    return Ours(mode, f"{name}, {told}", engine, engine.new_experience(), k, matched)
+    return Ours(mode, f"{name}, {told}", engine, engine.experience.anew(), k, matched)
 
 
 def _measure(contenders: Sequence[Contender], jobs: Sequence[Job]) -> list[Mapping[str, Answer]]:

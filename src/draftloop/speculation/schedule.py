@@ -155,6 +155,10 @@ class Probes:
         self._rounds, self._left = 0, PROBE_ROUNDS - 1
         return True
 
+    def postpone(self) -> None:
+        """The round that `due` gave a probe went to somebody else: it takes a later one."""
+        self._left += 1
+
     @property
     def alone_due(self) -> bool:
         """Whether the target alone was not asked for so long that its cost must be looked at."""
@@ -231,10 +235,11 @@ class AdaptivePace:
         self._prices = prices
         self._acceptance = acceptance
         self._probes = probes
+        self._probing = False
 
     def choose(self, cap: int, backlog_tokens: int, remaining_tokens: int) -> Choice:
         """See `Pace`. Reading the backlog must pay within the tokens that remain."""
-        alone, cap = self._alone(), min(cap, self._cap)
+        alone, cap, self._probing = self._alone(), min(cap, self._cap), False
         if cap < 1:
             return alone
         drafting = self._drafting(cap)
@@ -245,7 +250,8 @@ class AdaptivePace:
             return alone if self._probes.alone_due else drafting
         round_s = self._prices.round_s(drafting.num_draft_tokens)
         loss_s = max(0.0, round_s * (1 - drafting.tokens_per_s / alone.tokens_per_s))
-        return drafting if self._probes.due(backlog_s, loss_s) else alone
+        self._probing = self._probes.due(backlog_s, loss_s)
+        return drafting if self._probing else alone
 
     def choose_free(self, chances: Sequence[float]) -> Choice:
         """See `Pace`. Where the draft is worth asking, it will have to read what is emitted meanwhile."""
@@ -277,6 +283,8 @@ class AdaptivePace:
             self._schedule.acceptance.observe(timed.alphas)
         if timed.seconds is not None and not timed.backlog_tokens:
             self._schedule.costs.observe(timed.num_draft_tokens, timed.seconds, by_model=timed.by_model)
+        if self._probing and not timed.by_model:
+            self._probes.postpone()
         if timed.num_draft_tokens:
             self._probes.passed_drafting()
         else:
