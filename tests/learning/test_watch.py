@@ -68,14 +68,31 @@ def noisy(mean: float, count: int, seed: int, deviation: float = 0.1) -> np.ndar
     return np.clip(np.random.default_rng(seed).normal(mean, deviation, count), 0, 1)
 
 
+def with_matches(summaries: list[RequestSummary], tokens: int) -> list[RequestSummary]:
+    """The same drafts in answers of which suffix matches wrote so many tokens more, in sixty rounds."""
+    return [
+        replace(
+            one,
+            num_answer_tokens=one.num_answer_tokens + tokens,
+            rounds=one.rounds + 60,
+            suffix_rounds=60,
+            suffix_tokens=tokens,
+        )
+        for one in summaries
+    ]
+
+
 def test_suffix_matches_do_not_hide_a_fall() -> None:
     """Drafts a round are counted over the draft's rounds, so requests with matches are compared too."""
     before, live = requests(noisy(0.8, 40, 0)), requests(noisy(0.6, 20, 1))
-    matched = [replace(one, rounds=80, suffix_rounds=60) for one in live]
     fall = alpha_fall(before, live)
     assert fall is not None
-    assert alpha_fall(before, matched) == fall
-    assert alpha_fall(before, [replace(one, suffix_rounds=0) for one in matched]) is None
+    assert alpha_fall(with_matches(before, 150), with_matches(live, 150)) == fall
+
+
+def test_matches_that_take_the_easy_positions_are_no_fall() -> None:
+    before, live = requests(noisy(0.8, 40, 0)), requests(noisy(0.6, 20, 1))
+    assert alpha_fall(before, with_matches(live, 150)) is None
 
 
 def test_a_fall_is_seen_and_measured():

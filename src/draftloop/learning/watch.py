@@ -26,10 +26,11 @@ CERTAINTY = 2.576
 """Standard errors (one-sided 99.5 %): the comparison is made again and again as requests come in. Simulated
 with ten looks, one adapter in fifty that is as good as the one before is taken back."""
 
-Kind = tuple[str, float, int, str | None]
+Kind = tuple[str, float, int, int, str | None]
 """What requests must share to be compared: domain, temperature, drafts a round, rounded (a round's later
-drafts are the harder ones, and a schedule makes more of them for a better draft), and what the draft's head
-was cut to, since no adapter brings back a token that was cut off."""
+drafts are the harder ones, and a schedule makes more of them for a better draft), how many quarters of the
+answer suffix matches wrote (they take the easy positions, more of them as more answers are remembered), and
+what the draft's head was cut to, since no adapter brings back a token that was cut off."""
 
 
 def revert_if_falling(store: Store, pair: PairKey, *, after_requests: int) -> str | None:
@@ -91,7 +92,8 @@ def _by_kind(requests: Sequence[RequestSummary]) -> dict[Kind, list[float]]:
         alpha = mean_alpha(one.alpha_sum, one.tested_tokens)
         if alpha is not None:
             depth = round(one.drafted_tokens / (one.rounds - one.suffix_rounds))
-            kind = (one.domain, one.temperature, depth, one.vocabulary)
+            quarters = round(4 * one.suffix_tokens / one.num_answer_tokens)
+            kind = (one.domain, one.temperature, depth, quarters, one.vocabulary)
             alphas.setdefault(kind, []).append(alpha)
     return alphas
 
