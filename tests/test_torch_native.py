@@ -93,7 +93,8 @@ def test_unpacked_weights_are_rounded_once(group):
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("ranks", [1, 8, 30])
 def test_an_adapter_beside_a_product_is_added_to_it(ranks, stacked):
-    base, x = int4_linear([affine(1040, 256, 64)], None, 64, torch.bfloat16, CPU), inputs(11, 256)
+    weight, x = affine(1040, 256, 64), inputs(11, 256)
+    base = int4_linear([weight], None, 64, torch.bfloat16, CPU)
     random = torch.Generator().manual_seed(5)
     a = torch.randn(256, ranks, generator=random).bfloat16()
     b = torch.randn(ranks, 1040, generator=random).bfloat16()
@@ -103,7 +104,7 @@ def test_an_adapter_beside_a_product_is_added_to_it(ranks, stacked):
     layer = adapted_linear(base, a, b)
     assert isinstance(layer, NativeAdaptedLinear)
     y = layer(x)
-    wanted = base(x).double() + x.double() @ a.double() @ b.double()
+    wanted = x.double() @ (dequantize(weight, torch.float64).T + a.double() @ b.double())
     torch.testing.assert_close(y.double(), wanted, rtol=2**-8, atol=2e-2)
     for width in (1, 4):
         assert torch.equal(torch.cat([layer(part) for part in x.split(width)]), y)

@@ -15,7 +15,7 @@ from draftloop.backends.architecture import read_architecture
 from draftloop.backends.lora import AdapterForm, Lora, LoraModule, LoraSpec, new_lora
 from draftloop.backends.numpy.backend import NumpyBackend
 from draftloop.backends.numpy.objectives import loss_rows
-from draftloop.backends.torch import attention, frozen, objectives, training
+from draftloop.backends.torch import attention, frozen, objectives, packing, training
 from draftloop.backends.torch.backend import TorchBackend
 from draftloop.backends.training import Example, Objective, TrainerSettings
 from draftloop.errors import OutOfMemory
@@ -122,6 +122,45 @@ def test_packed_texts_are_never_larger_than_allowed(toy_folder, monkeypatch):
     one.step([[text] for text in (*BATCH, *BATCH)], 1e-4)
     assert [sum(len(text.tokens) for text in pack) for pack in read] == [63, 100, 83]
     assert [text for pack in read for text in pack] == [*BATCH, *BATCH]
+
+
+def beginning_with(prompt, one):
+    """The same text behind another beginning."""
+    tokens = np.concatenate((prompt, one.tokens)).astype(np.int32)
+    return replace(one, tokens=tokens, num_prompt_tokens=len(prompt) + one.num_prompt_tokens)
+
+
+ALIKE = [beginning_with(np.arange(30) * seed, text) for seed in (1, 3) for text in BATCH]
+"""Two system prompts with three questions each; the second question has a prompt of one token alone."""
+
+
+@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_what_texts_begin_with_alike_is_read_once_and_learns_from_all(
+    toy_folder, monkeypatch, checkpointing, short
+):
+    folder = toy_folder(model_type="qwen3")
+    order = [ALIKE[index] for index in (0, 3, 1, 4, 2, 5)]
+    one = trainer(folder, gradient_checkpointing=checkpointing)
+    if not short:
+        monkeypatch.setattr(attention, "_SHORT_TOKENS", 0)
+    alphas, found = one.replay(order), gradients(one, [order])
+    assert packing.packed_tokens(order) == sum(len(text.tokens) - 1 for text in order) - 4 * 30
+    monkeypatch.setattr(packing, "LEAST_SHARED_TOKENS", 1000)
+    assert packing.packed_tokens(order) == sum(len(text.tokens) - 1 for text in order)
+    apart = trainer(folder, gradient_checkpointing=checkpointing)
+    for shared, wanted in zip(alphas, apart.replay(order), strict=True):
+        np.testing.assert_allclose(shared, wanted, atol=1e-5)
+    assert_same(found, gradients(apart, [order]), 1e-4)
+
+
+def test_a_text_that_is_there_twice_shares_its_prompt_alone(toy_folder):
+    text = example(60, 40)
+    assert packing.packed_tokens([text, text]) == 2 * 59 - 39
+    one = trainer(toy_folder())
+    (alone,), pair = one.replay([text]), one.replay([text, text])
+    for alphas in pair:
+        np.testing.assert_allclose(alphas, alone, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""Causal attention of one whole text, differentiable.
+"""Causal attention of a text or of its end, differentiable.
 
 Contract: grouped-query attention (Ainslie et al. 2023) with no cache. Must not know layers.
 
-Letters: T tokens, H query heads, G key/value heads, R = H / G, E head width.
+Letters: T tokens that attend, S those that are seen, of which the T are the last; H query heads, G key/value
+heads, R = H / G, E head width.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ half as long again at 512, its backward pass most of it. The probabilities that 
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Q [T, H, E], k and v [T, G, E] -> [T, H·E]."""
-    if q.device.type == "cpu" and len(q) <= _SHORT_TOKENS:
+    """Q [T, H, E], k and v [S, G, E] -> [T, H·E]; query t sees the first S - T + t + 1."""
+    if q.device.type == "cpu" and len(k) <= _SHORT_TOKENS:
         y: torch.Tensor = _Short.apply(q, k, v)  # type: ignore[no-untyped-call]
         return y
     queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))
-    attended = scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+    whole = len(q) == len(k)
+    seen = None if whole else torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+    attended = scaled_dot_product_attention(
+        queries, keys, values, attn_mask=seen, is_causal=whole, enable_gqa=True
+    )
     return attended[0].transpose(0, 1).reshape(len(q), -1)
 
 
@@ -32,18 +37,18 @@ class _Short(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        count, groups, width = k.shape
+        (seen, groups, width), count = k.shape, len(q)
         rows, keys, values = _by_group(q * width**-0.5, groups), k.transpose(0, 1), v.transpose(0, 1)
-        scores = torch.bmm(rows, keys.transpose(1, 2)).float().view(groups, -1, count, count)
-        future = torch.full((count, count), -torch.inf, device=q.device).triu_(1)
-        probs = torch.softmax(scores.add_(future), dim=-1).to(q.dtype).view(groups, -1, count)
+        scores = torch.bmm(rows, keys.transpose(1, 2)).float().view(groups, -1, count, seen)
+        future = torch.full((count, seen), -torch.inf, device=q.device).triu_(1 + seen - count)
+        probs = torch.softmax(scores.add_(future), dim=-1).to(q.dtype).view(groups, -1, seen)
         ctx.save_for_backward(rows, keys, values, probs)
         return _by_token(torch.bmm(probs, values), count).flatten(1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
         rows, keys, values, probs = ctx.saved_tensors
-        groups, count, width = keys.shape
+        groups, width, count = len(keys), keys.shape[2], len(gradients[0])
         g = _by_group(gradients[0].view(count, -1, width), groups)
         for_values = torch.bmm(probs.transpose(1, 2), g)
         for_probs = torch.bmm(g, values.transpose(1, 2)).float()

@@ -1,15 +1,14 @@
 """A decoder whose base is frozen and whose adapters learn: its teacher-forced forward pass.
 
 Contract: the logits of `decoder.py` with the adapter beside its modules, but for rounding; whole texts, no
-cache. The texts of a batch are packed one behind the other, so nothing is computed for padding, and each
-attends by itself. Must not know losses or Adam.
+cache. The texts of a batch are packed one behind the other, so nothing is computed for padding, and what
+several begin with alike (a system prompt) is there once. Must not know losses or Adam.
 
 Letters: N tokens of all texts, D hidden, H query heads, G key/value heads, E head width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from draftloop.backends.torch.attention import causal_attention
 from draftloop.backends.torch.decoder import rope_tables
 from draftloop.backends.torch.gradients import AdaptedGroup, AdaptedSpan, ResidualBlock, gated, normed
 from draftloop.backends.torch.operations import rotate
+from draftloop.backends.torch.packing import pack_texts
 from draftloop.backends.torch.weights import layer_groups
 
 if TYPE_CHECKING:
@@ -26,25 +26,8 @@ if TYPE_CHECKING:
 
     from draftloop.backends.architecture import Architecture
     from draftloop.backends.torch.frozen import FrozenLayer, FrozenModel
+    from draftloop.backends.torch.packing import PackedTexts
     from draftloop.backends.training import Example
-
-
-@dataclass(frozen=True, slots=True)
-class PackedTexts:
-    """Texts one behind the other, each without its last token, which predicts no row.
-
-    Attributes:
-        ids: [N] on the device.
-        lengths: tokens of each text; they sum to N.
-        rows: [R of all] indices of the positions that predict response tokens, in the texts' order.
-        cos, sin: [N, 1, E] float32, positions counted from each text's start.
-    """
-
-    ids: torch.Tensor
-    lengths: tuple[int, ...]
-    rows: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
 
 
 class Learner:
@@ -79,24 +62,10 @@ class Learner:
 
     def pack(self, batch: Sequence[Example]) -> PackedTexts:
         """Put the examples' tokens on the device."""
-        lengths = tuple(len(example.tokens) - 1 for example in batch)
-        if max(lengths) > len(self._cos):
-            self._cos, self._sin = rope_tables(self._architecture, max(lengths), self._device)
-        tokens = [torch.tensor(example.tokens[:-1], dtype=torch.long) for example in batch]
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(self._device)
-        rows, start = [], 0
-        for example, length in zip(batch, lengths, strict=True):
-            rows.append(torch.arange(start + example.num_prompt_tokens - 1, start + length))
-            start += length
-        # The target may have written an id of its own padding, as in `Decoder.forward`.
-        ids = torch.cat(tokens).clamp_(max=self._architecture.vocab_size - 1)
-        return PackedTexts(
-            ids=ids.to(self._device, non_blocking=True),
-            lengths=lengths,
-            rows=torch.cat(rows).to(self._device, non_blocking=True),
-            cos=self._cos[positions],
-            sin=self._sin[positions],
-        )
+        longest = max(len(example.tokens) for example in batch)
+        if longest > len(self._cos):
+            self._cos, self._sin = rope_tables(self._architecture, longest, self._device)
+        return pack_texts(batch, self._architecture.vocab_size, self._cos, self._sin)
 
     def hidden(self, texts: PackedTexts, *, checkpointed: bool) -> torch.Tensor:
         """The last norm's output at the texts' response rows, [R, D] in the activation dtype."""
@@ -128,15 +97,20 @@ class Learner:
     def _attention(
         self, layer: FrozenLayer, qkv: AdaptedGroup, texts: PackedTexts, x: torch.Tensor
     ) -> torch.Tensor:
-        """Each text attends by itself: [N, D] -> [N, H·E]."""
+        """Each text attends to itself and to what it shares: [N, D] -> [N, H·E]."""
         a = self._architecture
         heads, groups = a.num_heads, a.num_kv_heads
         rows = qkv(self._norm(x, layer.input_norm)).view(len(x), heads + 2 * groups, a.head_dim)
         qk, v = rows.split((heads + groups, groups), dim=1)
         qk = rotate(self._head_norms(layer, qk.float()), texts.cos, texts.sin).to(self._dtype)
         q, k = qk.split((heads, groups), dim=1)
-        texts_qkv = zip(*(t.split(texts.lengths) for t in (q, k, v)), strict=True)
-        return torch.cat([causal_attention(*parts) for parts in texts_qkv])
+        attended = []
+        for part in texts.parts:
+            keys, values = k[part.own], v[part.own]
+            if part.shared is not None:
+                keys, values = torch.cat((k[part.shared], keys)), torch.cat((v[part.shared], values))
+            attended.append(causal_attention(q[part.own], keys, values))
+        return torch.cat(attended)
 
     def _head_norms(self, layer: FrozenLayer, qk: torch.Tensor) -> torch.Tensor:
         """RMSNorm of each head of q and k (Qwen3): [N, H + G, E] float32."""

@@ -19,6 +19,7 @@ from draftloop.backends.torch.frozen import load_frozen
 from draftloop.backends.torch.learner import Learner
 from draftloop.backends.torch.memory import memory_errors
 from draftloop.backends.torch.objectives import HeadLoss, loss_rows_of
+from draftloop.backends.torch.packing import packed_tokens
 from draftloop.backends.torch.replay import row_alphas, rows_of
 from draftloop.backends.training import Example, StepResult, TrainerSettings, TrainerState
 
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
     from draftloop.backends.lora import Lora
     from draftloop.backends.torch.weights import WeightLoader
 
-_PACKED_TOKENS = {"cpu": 512, "cuda": 2048}
-"""Smaller microbatches are read together up to so many tokens: making the base dense costs as much as
-multiplying some 150 rows (measured on a CPU), so reading few tokens at a time is a waste."""
+_PACKED_TOKENS = {"cpu": 768, "cuda": 2048}
+"""Smaller microbatches are read together up to so many tokens, what they begin with alike counted once: making
+the base dense costs as much as multiplying some 150 rows (measured on a CPU), so reading few tokens at a time
+is a waste."""
 _REPLAY_ROWS = 64
 """Rows whose float32 logits are in memory at once."""
 _REMEDY = (
@@ -140,7 +142,7 @@ def _packs(microbatches: Sequence[Sequence[Example]], max_tokens: int) -> Iterat
     for microbatch in microbatches:
         # An example without rows teaches nothing.
         examples = [example for example in microbatch if example.num_rows]
-        if pack and sum(len(example.tokens) for example in (*pack, *examples)) > max_tokens:
+        if pack and packed_tokens((*pack, *examples)) > max_tokens:
             yield pack
             pack = []
         pack += examples

@@ -110,12 +110,12 @@ def _compiled() -> Path:
 def _loaded(path: Path, threads: int) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.dl_int4.argtypes = [c_void_p] * 5 + [c_long] * 4
-    library.dl_adapt.argtypes = [c_void_p] * 6 + [c_long] * 5
+    library.dl_int4_adapted.argtypes = [*library.dl_int4.argtypes, *[c_void_p] * 4, *[c_long] * 2]
     library.dl_unpack.argtypes = [c_void_p] * 4 + [c_long] * 3
     library.dl_norm.argtypes = [c_void_p] * 4 + [c_long] * 2 + [c_float]
     library.dl_gate.argtypes = [c_void_p] * 2 + [c_long] * 2
     library.dl_attend.argtypes = [c_void_p] * 9 + [c_long] * 6 + [c_float]
-    for name in ("int4", "unpack", "adapt", "norm", "gate", "attend"):
+    for name in ("int4", "int4_adapted", "unpack", "norm", "gate", "attend"):
         getattr(library, f"dl_{name}").restype = None
     library.dl_start.argtypes, library.dl_start.restype = [c_int], c_int
     library.dl_start(threads)

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     import ctypes
     from collections.abc import Sequence
 
-    from draftloop.backends.torch.linear import AffineWeight, Linear
+    from draftloop.backends.torch.linear import AffineWeight
 
 BLOCK_ROWS = 16
 """Rows that stand interleaved, one to a lane of a register."""
+_RANKS = 4
+"""An adapter's ranks are filled up to a multiple of so many (`RANKS` of `products.c`)."""
 _PACK_BLOCKS = 512
 """Blocks that are put in order at a time."""
 
@@ -37,23 +39,36 @@ class NativeInt4Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `Linear`."""
-        x = x.contiguous()
-        count = len(x)
-        y = torch.empty(count, self.out_features, dtype=torch.bfloat16)
+        x, y, scratch = self._operands(x)
+        self.library.dl_int4(*self._arguments(x, y, scratch))
+        return y
+
+    def adapted(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """The product with what `NativeAdaptedLinear` adds, rounded once."""
+        x, y, scratch = self._operands(x)
+        inner = torch.empty(len(x), len(a))
+        pointers = (tensor.data_ptr() for tensor in (a, b, first, inner))
+        self.library.dl_int4_adapted(*self._arguments(x, y, scratch), *pointers, len(a), b.shape[1])
+        return y
+
+    def _operands(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Inputs as the kernel reads them, its outputs, its scratch."""
+        y = torch.empty(len(x), self.out_features, dtype=torch.bfloat16)
         width = 2 * self.in_features + 8 * (self.in_features // self.group_size)
-        scratch = torch.empty(count * width, dtype=torch.uint8)
-        self.library.dl_int4(
+        return x.contiguous(), y, torch.empty(len(x) * width, dtype=torch.uint8)
+
+    def _arguments(self, x: torch.Tensor, y: torch.Tensor, scratch: torch.Tensor) -> tuple[int | None, ...]:
+        return (
             self.blocks.data_ptr(),
             x.data_ptr(),
             None if self.bias is None else self.bias.data_ptr(),
             y.data_ptr(),
             scratch.data_ptr(),
-            count,
+            len(x),
             self.in_features,
             self.out_features,
             self.group_size,
         )
-        return y
 
     @property
     def num_bytes(self) -> int:
@@ -63,27 +78,20 @@ class NativeInt4Linear:
 
 @dataclass(frozen=True, slots=True)
 class NativeAdaptedLinear:
-    """base(x) + x · a · b, the two small products in one call.
+    """base(x) + x · a · b in one pass over the weights.
 
     a: [R, in] bfloat16; b: [out / 16, span, 16] bfloat16, the ranks that each block of outputs depends on,
     which begin with first [out / 16] int32: where modules are stacked, most of b is zero.
     """
 
-    library: ctypes.CDLL
-    base: Linear
+    base: NativeInt4Linear
     a: torch.Tensor
     b: torch.Tensor
     first: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `Linear`."""
-        x = x.contiguous()
-        y = self.base(x).contiguous()
-        (ranks, columns), (blocks, span, _), count = self.a.shape, self.b.shape, len(x)
-        inner = torch.empty(count, ranks)
-        pointers = (tensor.data_ptr() for tensor in (x, self.a, self.b, self.first, y, inner))
-        self.library.dl_adapt(*pointers, count, columns, ranks, blocks * BLOCK_ROWS, span)
-        return y
+        return self.base.adapted(x, self.a, self.b, self.first)
 
     @property
     def num_bytes(self) -> int:
@@ -92,10 +100,10 @@ class NativeAdaptedLinear:
 
 
 def native_adapted_linear(
-    library: ctypes.CDLL, base: Linear, a: torch.Tensor, b: torch.Tensor
+    base: NativeInt4Linear, a: torch.Tensor, b: torch.Tensor
 ) -> NativeAdaptedLinear | None:
-    """Put a [in, R] and b [R, out] beside `base`; None where their widths do not fill whole registers."""
-    if a.dtype is not torch.bfloat16 or len(a) % BLOCK_ROWS or b.shape[1] % BLOCK_ROWS:
+    """Put a [in, R] and b [R, out] beside `base`; None where the outputs do not fill whole registers."""
+    if a.dtype is not torch.bfloat16 or b.shape[1] % BLOCK_ROWS:
         return None
     ranks = len(b)
     blocks = b.view(ranks, -1, BLOCK_ROWS).transpose(0, 1)
@@ -104,9 +112,8 @@ def native_adapted_linear(
     span = int((ranks - used.flip(1).argmax(dim=1) - begin).where(used.any(dim=1), 1).max())
     first = begin.clamp(max=ranks - span)
     rows = (first.unsqueeze(1) + torch.arange(span)).unsqueeze(-1).expand(-1, -1, BLOCK_ROWS)
-    return NativeAdaptedLinear(
-        library, base, a.T.contiguous(), blocks.gather(1, rows).contiguous(), first.to(torch.int32)
-    )
+    whole = torch.nn.functional.pad(a.T, (0, 0, 0, -ranks % _RANKS)).contiguous()
+    return NativeAdaptedLinear(base, whole, blocks.gather(1, rows).contiguous(), first.to(torch.int32))
 
 
 def native_int4_linear(

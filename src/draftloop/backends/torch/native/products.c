@@ -17,14 +17,19 @@ typedef struct {
     const bf16 *bias;
     bf16 *output;
     long tokens, inputs, outputs, group;
+    /* An adapter beside it adds (x · a^T) · b: a [R, K] with R a multiple of RANKS, b [N / 16, span, 16] with, for
+     * each block, the `span` ranks from first[block] on that it depends on. b is NULL where there is none. */
+    const bf16 *a, *b;
+    const int32_t *first_rank;
+    float *inner; /* [T, R] */
+    long ranks, span;
     int8_t *high, *low; /* [T, K]; each 8 inputs in the order 0 2 4 6 1 3 5 7, as the codes' nibbles come */
     float *scales, *sums; /* [T, K / group] */
 } Product;
 
 #define SMALLEST 1e-33f /* what is smaller counts as 0: its inverse would overflow */
 
-static void round_inputs(void *arguments, long t) {
-    Product *p = arguments;
+static void round_inputs(const Product *p, long t) {
     long groups = p->inputs / p->group;
     const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
     for (long g = 0; g < groups; g++) {
@@ -57,6 +62,31 @@ static void round_inputs(void *arguments, long t) {
     }
 }
 
+#define RANKS 4 /* computed side by side, so that no sum waits for its own last addition */
+
+static void inner_ranks(const Product *p, long rank) {
+    for (long t = 0; t < p->tokens; t++) {
+        const bf16 *x = p->input + t * p->inputs, *a = p->a + rank * p->inputs;
+        __m512 sums[RANKS];
+        for (int r = 0; r < RANKS; r++) sums[r] = _mm512_setzero_ps();
+        for (long k = 0; k < p->inputs; k += LANES) {
+            __m512 values = load_bf16(x + k);
+            for (int r = 0; r < RANKS; r++)
+                sums[r] = _mm512_fmadd_ps(values, load_bf16(a + r * p->inputs + k), sums[r]);
+        }
+        for (int r = 0; r < RANKS; r++) p->inner[t * p->ranks + rank + r] = _mm512_reduce_add_ps(sums[r]);
+    }
+}
+
+/* What the blocks need: rounded inputs, and the adapter's inner products. */
+static void prepare(void *arguments, long index) {
+    Product *p = arguments;
+    if (index < p->tokens)
+        round_inputs(p, index);
+    else
+        inner_ranks(p, (index - p->tokens) * RANKS);
+}
+
 static inline __m512i four(const int8_t *x) {
     int32_t word;
     memcpy(&word, x, 4);
@@ -68,8 +98,10 @@ static inline __attribute__((always_inline)) void block_of(const Product *p, lon
     long groups = p->inputs / p->group, words = p->group / 8;
     const uint32_t *w = p->weights + block * groups * (words + 1) * LANES;
     const __m512i nibble = _mm512_set1_epi8(15);
+    const bf16 *b = p->b ? p->b + block * p->span * LANES : NULL;
     __m512 sums[TILE];
     for (int m = 0; m < M; m++) sums[m] = _mm512_setzero_ps();
+    for (long r = 0; b && r < p->span; r += 2) _mm_prefetch((const char *)(b + r * LANES), _MM_HINT_T0);
     for (long g = 0; g < groups; g++) {
         __m512i high[TILE], low[TILE];
         for (int m = 0; m < M; m++) high[m] = low[m] = _mm512_setzero_si512();
@@ -101,6 +133,11 @@ static inline __attribute__((always_inline)) void block_of(const Product *p, lon
     __mmask16 mask = left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1);
     __m512 bias = _mm512_setzero_ps();
     if (p->bias) bias = widen(_mm256_maskz_loadu_epi16(mask, p->bias + block * LANES));
+    for (long r = 0; b && r < p->span; r++, b += LANES) {
+        __m512 row = load_bf16(b);
+        const float *inner = p->inner + first * p->ranks + p->first_rank[block] + r;
+        for (int m = 0; m < M; m++) sums[m] = _mm512_fmadd_ps(_mm512_set1_ps(inner[m * p->ranks]), row, sums[m]);
+    }
     for (int m = 0; m < M; m++) {
         bf16 *to = p->output + (first + m) * p->outputs + block * LANES;
         _mm256_mask_storeu_epi16(to, mask, narrow(_mm512_add_ps(sums[m], bias)));
@@ -130,20 +167,33 @@ static void multiply_blocks(void *arguments, long index) {
     for (long b = index * BLOCKS_A_TASK; b < (end < blocks ? end : blocks); b++) multiply_block(p, b);
 }
 
+static void multiply(Product *p, char *scratch) {
+    long cells = p->tokens * (p->inputs / p->group);
+    p->scales = (float *)scratch, p->sums = p->scales + cells;
+    p->high = (int8_t *)(p->sums + cells), p->low = p->high + p->tokens * p->inputs;
+    long tasks = p->tokens + (p->b ? p->ranks / RANKS : 0);
+    if (tasks < TILE)
+        for (long i = 0; i < tasks; i++) prepare(p, i);
+    else
+        dl_run(prepare, p, tasks);
+    long blocks = (p->outputs + LANES - 1) / LANES;
+    dl_run(multiply_blocks, p, (blocks + BLOCKS_A_TASK - 1) / BLOCKS_A_TASK);
+}
+
 /* input [T, K] bf16, weights as above, bias [N] bf16 or NULL -> output [T, N] bf16; group a multiple of 16.
  * scratch: T · (2 K + 8 K / group) bytes, aligned to 4. */
 void dl_int4(const uint32_t *weights, const bf16 *input, const bf16 *bias, bf16 *output, char *scratch,
              long tokens, long inputs, long outputs, long group) {
-    long cells = tokens * (inputs / group);
-    float *scales = (float *)scratch, *sums = scales + cells;
-    int8_t *high = (int8_t *)(sums + cells), *low = high + tokens * inputs;
-    Product p = {weights, input, bias, output, tokens, inputs, outputs, group, high, low, scales, sums};
-    if (tokens < TILE)
-        for (long t = 0; t < tokens; t++) round_inputs(&p, t);
-    else
-        dl_run(round_inputs, &p, tokens);
-    long blocks = (outputs + LANES - 1) / LANES;
-    dl_run(multiply_blocks, &p, (blocks + BLOCKS_A_TASK - 1) / BLOCKS_A_TASK);
+    Product p = {weights, input, bias, output, tokens, inputs, outputs, group};
+    multiply(&p, scratch);
+}
+
+/* The same with an adapter beside it (see Product), rounded once: N a multiple of 16. inner: scratch of T · R. */
+void dl_int4_adapted(const uint32_t *weights, const bf16 *input, const bf16 *bias, bf16 *output, char *scratch,
+                     long tokens, long inputs, long outputs, long group, const bf16 *a, const bf16 *b,
+                     const int32_t *first_rank, float *inner, long ranks, long span) {
+    Product p = {weights, input, bias, output, tokens, inputs, outputs, group, a, b, first_rank, inner, ranks, span};
+    multiply(&p, scratch);
 }
 
 /* ---- unpacking, for training ------------------------------------------------------------------------ */
@@ -181,55 +231,4 @@ void dl_unpack(const uint32_t *words, const float *scales, const float *biases, 
                long columns, long group) {
     Unpacking p = {words, scales, biases, output, rows, columns, group};
     dl_run(unpack_rows, &p, (rows + ROWS_A_TASK - 1) / ROWS_A_TASK);
-}
-
-/* ---- an adapter beside a product -------------------------------------------------------------------- */
-
-#define RANKS_A_TASK 4
-#define OUTPUTS_A_TASK 512
-
-typedef struct {
-    const bf16 *input, *a, *b;
-    const int32_t *first; /* [N / 16]: the rank that a block's rows of b begin with */
-    bf16 *output;
-    float *inner; /* [T, R] */
-    long tokens, inputs, ranks, outputs, span;
-} Adapter;
-
-static void adapt_inner(void *arguments, long index) {
-    Adapter *p = arguments;
-    long end = (index + 1) * RANKS_A_TASK < p->ranks ? (index + 1) * RANKS_A_TASK : p->ranks;
-    for (long r = index * RANKS_A_TASK; r < end; r++)
-        for (long t = 0; t < p->tokens; t++) {
-            const bf16 *x = p->input + t * p->inputs, *a = p->a + r * p->inputs;
-            __m512 sum = _mm512_setzero_ps();
-            for (long k = 0; k < p->inputs; k += LANES) sum = _mm512_fmadd_ps(load_bf16(x + k), load_bf16(a + k), sum);
-            p->inner[t * p->ranks + r] = _mm512_reduce_add_ps(sum);
-        }
-}
-
-static void adapt_outer(void *arguments, long index) {
-    Adapter *p = arguments;
-    long end = (index + 1) * OUTPUTS_A_TASK < p->outputs ? (index + 1) * OUTPUTS_A_TASK : p->outputs;
-    for (long t = 0; t < p->tokens; t++)
-        for (long n = index * OUTPUTS_A_TASK; n < end; n += LANES) {
-            bf16 *y = p->output + t * p->outputs + n;
-            __m512 sum = load_bf16(y);
-            const float *inner = p->inner + t * p->ranks + p->first[n / LANES];
-            const bf16 *b = p->b + n * p->span;
-            for (long r = 0; r < p->span; r++, b += LANES) {
-                _mm_prefetch((const char *)b + AHEAD_BYTES, _MM_HINT_T0);
-                sum = _mm512_fmadd_ps(_mm512_set1_ps(inner[r]), load_bf16(b), sum);
-            }
-            store_bf16(y, sum);
-        }
-}
-
-/* output [T, N] += (input [T, K] · a [R, K]^T) · b, all bf16; K and N multiples of 16. b [N / 16, span, 16] has, for
- * each block of outputs, the `span` ranks from first[block] on that it depends on. inner: scratch of T · R floats. */
-void dl_adapt(const bf16 *input, const bf16 *a, const bf16 *b, const int32_t *first, bf16 *output, float *inner,
-              long tokens, long inputs, long ranks, long outputs, long span) {
-    Adapter p = {input, a, b, first, output, inner, tokens, inputs, ranks, outputs, span};
-    dl_run(adapt_inner, &p, (ranks + RANKS_A_TASK - 1) / RANKS_A_TASK);
-    dl_run(adapt_outer, &p, (outputs + OUTPUTS_A_TASK - 1) / OUTPUTS_A_TASK);
 }

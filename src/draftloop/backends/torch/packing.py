@@ -1,0 +1,120 @@
+"""The texts of a training batch one behind the other, their common beginnings once.
+
+Contract: a token of a text depends on the ones before it alone, so texts that begin alike have the same
+states there, and the gradients of all of them meet in it. Must not know a decoder.
+
+Letters: N tokens of all texts without repetition, R response rows of all, E head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby, takewhile
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from draftloop.backends.training import Example
+
+LEAST_SHARED_TOKENS = 16
+"""A shorter beginning is not worth the attention in two parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens that attend to one another, and behind `shared` ones where they go on from a common beginning."""
+
+    own: slice
+    shared: slice | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTexts:
+    """Texts without their last tokens, which predict no row.
+
+    Attributes:
+        ids: [N] on the device.
+        parts: in the order of the tokens; they cover all of them.
+        rows: [R] indices of the positions that predict response tokens, in the order of the texts.
+        cos, sin: [N, 1, E] float32, positions counted from each text's start.
+    """
+
+    ids: torch.Tensor
+    parts: tuple[Part, ...]
+    rows: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def pack_texts(
+    batch: Sequence[Example], vocab_size: int, cos: torch.Tensor, sin: torch.Tensor
+) -> PackedTexts:
+    """Lay out a batch.
+
+    Args:
+        batch: at least one example.
+        vocab_size: the target may have written an id of its own padding; it is read as the last one.
+        cos, sin: [positions, 1, E] on the device, for the longest text at least.
+    """
+    ids: list[torch.Tensor] = []
+    positions: list[torch.Tensor] = []
+    parts: list[Part] = []
+    rows: list[torch.Tensor] = [torch.empty(0)] * len(batch)
+    end = 0
+
+    def lay(tokens: Sequence[int], first: int, shared: slice | None = None) -> slice:
+        nonlocal end
+        own = slice(end, end + len(tokens))
+        end = own.stop
+        ids.append(torch.tensor(tokens, dtype=torch.long))
+        positions.append(torch.arange(first, first + len(tokens)))
+        parts.append(Part(own, shared))
+        return own
+
+    for group in _alike(batch):
+        common = _common_tokens([batch[index] for index in group])
+        shared = lay(batch[group[0]].tokens[:common], 0) if common else None
+        for index in group:
+            example = batch[index]
+            own = lay(example.tokens[common:-1], common, shared)
+            rows[index] = torch.arange(own.start + example.num_prompt_tokens - 1 - common, own.stop)
+    device = cos.device
+    at = torch.cat(positions).to(device)
+    return PackedTexts(
+        ids=torch.cat(ids).clamp_(max=vocab_size - 1).to(device, non_blocking=True),
+        parts=tuple(parts),
+        rows=torch.cat(rows).to(device, non_blocking=True),
+        cos=cos[at],
+        sin=sin[at],
+    )
+
+
+def packed_tokens(batch: Sequence[Example]) -> int:
+    """How many tokens `pack_texts` would lay out: N."""
+    return sum(
+        sum(len(batch[index].tokens) - 1 - common for index in group) + common
+        for group in _alike(batch)
+        for common in [_common_tokens([batch[index] for index in group])]
+    )
+
+
+def _alike(batch: Sequence[Example]) -> list[list[int]]:
+    """Indices of the texts, those that begin alike together."""
+
+    def beginning(index: int) -> tuple[int, ...]:
+        return tuple(batch[index].tokens[:LEAST_SHARED_TOKENS])
+
+    return [list(group) for _, group in groupby(sorted(range(len(batch)), key=beginning), key=beginning)]
+
+
+def _common_tokens(group: Sequence[Example]) -> int:
+    """How many tokens all texts begin with alike, each one's first response row left out; 0 where few."""
+    if len(group) < 2:
+        return 0
+    most = min(example.num_prompt_tokens for example in group) - 1
+    columns = zip(*(example.tokens[:most] for example in group), strict=True)
+    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return common if common >= LEAST_SHARED_TOKENS else 0
