@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING
 from draftloop.backends.architecture import Architecture, read_architecture
 from draftloop.backends.registry import open_backend
 from draftloop.engine import Engine
-from draftloop.errors import ConfigError, ModelUnreadable, StorageError
+from draftloop.errors import ConfigError, DraftloopError, ModelUnreadable, StorageError
 from draftloop.learning.circle import School
 from draftloop.learning.deployment import ActiveAdapter, load_deployed
 from draftloop.learning.recorder import Recorder
 from draftloop.learning.vocabulary import Wanted, choose_vocabulary
 from draftloop.models.folder import heads_digest
 from draftloop.models.memory import MEGABYTE, MemoryPlan, plan_memory, suffix_tokens
-from draftloop.models.resolve import resolve
+from draftloop.models.resolve import locate, resolve
 from draftloop.models.tokenizer import Tokenizer, check_tokenizers_agree
-from draftloop.speculation.calibration import calibrated_costs
+from draftloop.speculation.calibration import calibrated_costs, known_costs
 from draftloop.speculation.prefixes import PrefixCache
 from draftloop.speculation.schedule import Schedule
 from draftloop.speculation.stream import Pair
@@ -219,6 +219,7 @@ def open_school(config: Config, prepared: PreparedDraft, store: Store) -> School
             "draft_vocabulary": "full" if vocabulary is None else vocabulary.name,
         },
         vocabulary=vocabulary,
+        by_width=_calibrated_before(config, prepared, vocabulary),
     )
 
 
@@ -235,25 +236,51 @@ def _vocabulary(
     return choose_vocabulary(store, pair_of(config), config.speculative.draft_vocabulary, wanted)
 
 
+def _calibrated_before(
+    config: Config, prepared: PreparedDraft, vocabulary: CutVocabulary | None
+) -> RoundCosts | None:
+    """What this pair's rounds cost when it last answered here; the target itself is not needed."""
+    if config.speculative.schedule == "fixed":
+        return None
+    try:
+        target_folder = locate(config.models.target.name)
+    except DraftloopError as error:
+        logger.debug("what rounds cost is not known without the target: %s", error)
+        return None
+    if target_folder is None:
+        return None
+    facts = _calibration_facts(prepared.backend, target_folder, prepared.folder, vocabulary)
+    return known_costs(config.speculative.num_draft_tokens, facts, suffix_tokens(config))
+
+
 def _schedule(
     config: Config, prepared: Prepared, models: Pair, vocabulary: CutVocabulary | None
 ) -> Schedule | None:
     """What chooses K, calibrated with the bare draft; None where K is constant."""
     if prepared.draft_folder is None or config.speculative.schedule == "fixed":
         return None
-    capabilities = prepared.backend.capabilities()
-    facts = {
+    facts = _calibration_facts(
+        prepared.backend, prepared.target_folder, prepared.draft_folder, vocabulary
+    )
+    k, matched = config.speculative.num_draft_tokens, suffix_tokens(config)
+    return Schedule(calibrated_costs(models, k, facts, suffix_tokens=matched))
+
+
+def _calibration_facts(
+    backend: Backend, target_folder: Path, draft_folder: Path, vocabulary: CutVocabulary | None
+) -> dict[str, str]:
+    """All that the costs of rounds depend on."""
+    capabilities = backend.capabilities()
+    return {
         "machine": f"{platform.node()} {platform.machine()} {os.cpu_count()}",
         "backend": f"{capabilities.backend} {capabilities.version}",
         "draftloop": f"{version('draftloop')} {_code_digest()}",
         "device": capabilities.device,
-        "target": heads_digest(prepared.target_folder),
-        "draft": heads_digest(prepared.draft_folder),
+        "target": heads_digest(target_folder),
+        "draft": heads_digest(draft_folder),
         # Costs depend on how many rows the head has, not on which.
         "draft_vocabulary": "full" if vocabulary is None else str(len(vocabulary.ids)),
     }
-    k, matched = config.speculative.num_draft_tokens, suffix_tokens(config)
-    return Schedule(calibrated_costs(models, k, facts, suffix_tokens=matched))
 
 
 def _suffixes(config: Config, store: Store | None) -> SuffixIndex | None:

@@ -10,14 +10,17 @@ import pytest
 from draftloop.backends.lora import AdapterForm, Lora, LoraSpec
 from draftloop.backends.training import Example
 from draftloop.learning.forms import (
+    MIN_COMPARED,
     TIMED_PROPOSALS,
     VERIFY_DRAFTS,
+    FormFigures,
     Outfit,
     choose_form,
     interleaved_draft_seconds,
 )
 from draftloop.learning.judging import HeldOut, judge_candidate
 from draftloop.learning.replayed import TimedRound
+from draftloop.speculation.costs import RoundCosts
 from draftloop.types import Rules, Sampling
 
 ADAPTER = Lora(LoraSpec(2, 4.0, ("q_proj",)), {})
@@ -80,11 +83,16 @@ class FakeDraft:
 def costs(monkeypatch):
     """`costs(bare, incumbent, *forms)`: seconds a drafted token, each a number or several timings."""
 
-    def give(*seconds):
-        timings = [[one] if isinstance(one, float) else one for one in seconds]
-        monkeypatch.setattr(
-            "draftloop.learning.forms.interleaved_draft_seconds", lambda draft, outfits, k: timings
-        )
+    def give(bare, incumbent, *of_forms):
+        by_form = dict(zip((UNFUSED, FUSED16, FUSED4), of_forms, strict=True))
+
+        def timings(draft, outfits, k):
+            seconds = [by_form[one.form] for one in outfits]
+            if outfits[0] == Outfit():
+                seconds[:2] = bare, incumbent
+            return [[one] if isinstance(one, float) else one for one in seconds]
+
+        monkeypatch.setattr("draftloop.learning.forms.interleaved_draft_seconds", timings)
 
     return give
 
@@ -102,10 +110,23 @@ def alphas(unfused=0.8, fused16=0.8, fused4=0.8, bare=0.5, old=0.6):
 TIMED = TimedRound(0.1, 4.0)
 
 
-def choose(draft, timed_round=TIMED, incumbent=Outfit(), count=12, compared=lambda share: None):  # noqa: B008
-    examples = [example(number) for number in range(count)]
+def choose(
+    draft,
+    timed_round=TIMED,
+    incumbent=Outfit(),  # noqa: B008
+    count=12,
+    by_width=None,
+    compared=lambda share: None,
+):
     return choose_form(
-        draft, ADAPTER, incumbent, examples, num_draft_tokens=4, timed_round=timed_round, compared=compared
+        draft,
+        ADAPTER,
+        incumbent,
+        [example(number) for number in range(count)],
+        num_draft_tokens=4,
+        timed_round=timed_round,
+        by_width=by_width,
+        compared=compared,
     )
 
 
@@ -118,7 +139,7 @@ def test_the_fastest_form_wins_where_that_is_certain(costs):
     speeds = [choice.figures[form].tokens_per_s for form in (FUSED4, UNFUSED)]
     assert choice.figures[FUSED4].gain_low == pytest.approx(speeds[0] / speeds[1] - 1)
     assert choice.figures[FUSED4].tokens_per_s == pytest.approx(
-        choice.figures[FUSED4].tau / (4 * 0.01 + choice.verify_s)
+        choice.figures[FUSED4].tau / (4 * 0.01 + choice.cost.verify_s)
     )
 
 
@@ -139,7 +160,7 @@ def scattered(loss, spread):
 
 def test_a_gain_that_few_requests_bear_out_is_no_gain(costs):
     """On average the coarser form gains 3 %, but a third of the requests would say the opposite."""
-    costs(0.01, 0.01, 0.0105, 0.02, 0.0095)
+    costs(0.006, 0.006, 0.0105, 0.02, 0.0095)
     noisy = choose(FakeDraft(alphas(fused4=scattered(0.0, 0.1))))
     figures = noisy.figures
     assert figures[FUSED4].tokens_per_s > figures[UNFUSED].tokens_per_s
@@ -150,9 +171,9 @@ def test_a_gain_that_few_requests_bear_out_is_no_gain(costs):
 
 def test_a_gain_within_the_error_of_the_timings_is_no_gain(costs):
     busy, quiet = [0.006, 0.008, 0.0098, 0.012, 0.014], [0.0097, 0.0098, 0.0098, 0.0098, 0.0099]
-    costs(0.01, 0.01, 0.01, 0.02, busy)
+    costs(0.006, 0.006, 0.01, 0.02, busy)
     assert choose(FakeDraft(alphas())).best is UNFUSED
-    costs(0.01, 0.01, 0.01, 0.02, quiet)
+    costs(0.006, 0.006, 0.01, 0.02, quiet)
     assert choose(FakeDraft(alphas())).best is FUSED4
 
 
@@ -174,14 +195,14 @@ def test_a_form_that_drafts_no_faster_is_not_replayed(costs):
 
 def test_verification_is_what_the_drafts_leave_of_a_round(costs):
     costs(0.01, 0.02, 0.01, 0.01, 0.01)
-    assert choose(FakeDraft(alphas()), timed_round=TimedRound(0.1, 4.0)).verify_s == pytest.approx(
+    assert choose(FakeDraft(alphas()), timed_round=TimedRound(0.1, 4.0)).cost.verify_s == pytest.approx(
         0.1 - 4 * 0.02
     )
     # Where the schedule drafted less than the cap, less of the round was the drafts'.
-    assert choose(FakeDraft(alphas()), timed_round=TimedRound(0.1, 1.5)).verify_s == pytest.approx(0.07)
+    assert choose(FakeDraft(alphas()), timed_round=TimedRound(0.1, 1.5)).cost.verify_s == pytest.approx(0.07)
     # A round that was timed on a quiet machine, against drafts timed on a busy one.
-    assert choose(FakeDraft(alphas()), timed_round=TimedRound(0.03, 4.0)).verify_s == pytest.approx(0.02)
-    assert choose(FakeDraft(alphas()), timed_round=None).verify_s == pytest.approx(VERIFY_DRAFTS * 0.02)
+    assert choose(FakeDraft(alphas()), timed_round=TimedRound(0.03, 4.0)).cost.verify_s == pytest.approx(0.02)
+    assert choose(FakeDraft(alphas()), timed_round=None).cost.verify_s == pytest.approx(VERIFY_DRAFTS * 0.02)
 
 
 def test_times_are_taken_in_turn_and_the_cache_is_left_as_it_was():
@@ -192,6 +213,42 @@ def test_times_are_taken_in_turn_and_the_cache_is_left_as_it_was():
     assert all(len(timings) == 2 * TIMED_PROPOSALS and min(timings) > 0 for timings in seconds)
     turns = [draft.proposed[i] for i in range(0, len(draft.proposed), TIMED_PROPOSALS + 1)]
     assert turns == 2 * [(None, UNFUSED), (ADAPTER, UNFUSED), (ADAPTER, FUSED4)]
+
+
+def test_where_the_bare_draft_is_hardly_faster_no_other_form_is_made(costs):
+    costs(0.01, 0.01, 0.0105, 0.005, 0.005)
+    draft, shares = FakeDraft(alphas()), []
+    choice = choose(draft, compared=shares.append)
+    assert choice.best is UNFUSED
+    assert choice.figures[FUSED4] == choice.figures[FUSED16] == FormFigures()
+    assert set(draft.replayed) == {(ADAPTER, UNFUSED)}
+    assert sum(shares) == pytest.approx(12)
+
+
+def test_a_form_that_cannot_win_any_more_is_given_up(costs):
+    costs(0.01, 0.01, 0.012, 0.02, 0.0115)
+    draft, shares = FakeDraft(alphas(fused4=0.5)), []
+    choice = choose(draft, compared=shares.append)
+    assert draft.replayed.count((ADAPTER, FUSED4)) == choice.figures[FUSED4].examples == MIN_COMPARED
+    assert sum(shares) == pytest.approx(12)
+
+
+BY_WIDTH = RoundCosts(((1, 0.05), (2, 0.06), (5, 0.2)), 0.01, 0.0, 0.0)
+
+
+def test_a_schedule_is_judged_at_the_fastest_depth(costs):
+    """Five rows cost four times as much as one, so one draft a round is best; a sure draft bears two."""
+    costs(0.01, 0.01, 0.01, 0.02, 0.02)
+    for alpha, depth in ((0.01, 0), (0.8, 1)):
+        cost = choose(FakeDraft(alphas(unfused=alpha)), by_width=BY_WIDTH).cost
+        assert cost.fastest([[alpha] * ROWS] * 12, 4)[0] == depth
+    assert choose(FakeDraft(alphas()), by_width=None).cost.fastest([[0.01] * ROWS], 4)[0] == 4
+
+
+def test_the_calibration_follows_the_machines_mood(costs):
+    costs(0.03, 0.03, 0.04, 0.04, 0.04)
+    cost = choose(FakeDraft(alphas()), by_width=BY_WIDTH).cost
+    assert cost.round_s(1) == pytest.approx(0.04 + 3 * 0.06)
 
 
 def test_without_any_example_the_plainest_form_stays(costs):
@@ -210,6 +267,7 @@ def judged(draft, costs_given, incumbent=Outfit(), requests=12):  # noqa: B008
         held_out=[HeldOut(number, "a", example(number)) for number in range(requests)],
         num_draft_tokens=4,
         timed_round=TimedRound(0.1, 4.0),
+        by_width=None,
         seed=0,
         replayed=shares.append,
     )

@@ -14,6 +14,7 @@ from scipy import stats
 from draftloop.learning.gate import Verdict, judge
 from draftloop.learning.replayed import ReplayedRequest, RoundCost
 from draftloop.learning.student import student_quantile
+from draftloop.speculation.costs import RoundCosts
 from draftloop.speculation.metrics import expected_rounds
 
 COST = RoundCost(draft_s=0.01, verify_s=0.1)
@@ -104,6 +105,26 @@ def test_chance_is_refused(count):
         better += verdict.gain > 0
     assert promoted <= 10
     assert 60 < better < 140
+
+
+def test_each_draft_is_judged_at_its_own_fastest_depth():
+    """A better draft may be asked for more tokens; at the cap both would be slower than the target alone."""
+    widths = RoundCosts(((1, 0.1), (2, 0.11), (3, 0.13), (5, 0.6)), 0.0, 0.0, 0.0)
+    cost = RoundCost(0.02, 0.6, widths)
+    random = np.random.default_rng(0)
+    requests = [request(greedy_rows(random, 100, 0.85), greedy_rows(random, 100, 0.5)) for _ in range(60)]
+    verdict = verdict_on(requests, candidate_cost=cost, incumbent_cost=cost)
+    speeds = {
+        k: [(1 + sum(alpha**i for i in range(1, k + 1))) / cost.round_s(k) for alpha in (0.5, 0.85)]
+        for k in range(K + 1)
+    }
+    best = [max(speeds, key=lambda k, i=i: speeds[k][i]) for i in (0, 1)]
+    assert best == [1, 2]
+    assert verdict.promote
+    assert "fastest with 1 drafts a round before, 2 after" in verdict.reason
+    assert verdict.gain == pytest.approx(speeds[2][1] / speeds[1][0] - 1, abs=0.05)
+    # Tau is told at the cap, where it can be compared.
+    assert verdict.tau_after > verdict.tau_before > 1.8
 
 
 def test_an_uncertain_gain_is_refused_with_its_interval():

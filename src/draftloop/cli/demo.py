@@ -48,9 +48,7 @@ DEMO_SETTINGS = (
     "generation.max_tokens=96",
     "training.min_failure_cases=8",
     "training.lora.target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",
-    "training.lora.rank=16",
-    "training.lora.alpha=32",
-    "training.learning_rate=5e-4",
+    "training.learning_rate=8e-4",
     "training.batch_size=4",
     "training.gradient_accumulation_steps=1",
     "training.num_epochs=3",
@@ -60,7 +58,7 @@ DEMO_SETTINGS = (
 )
 """What makes a lesson of a few minutes worth having. They stand below `--set`, and are said aloud."""
 
-REQUESTS = 54
+REQUESTS = 80
 HELD_OUT = 4
 """Prompts of the same kind that are neither collected nor trained on."""
 DOMAIN = "quartermaster"

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from draftloop.backends.base import Backend
     from draftloop.backends.vocabulary import CutVocabulary
     from draftloop.config import Config
+    from draftloop.speculation.costs import RoundCosts
     from draftloop.storage.records import PairKey, RunRecord
     from draftloop.storage.store import Store
 
@@ -71,6 +72,7 @@ class School:
         facts: digests, versions, device; stored with the run and the adapter.
         vocabulary: what the draft's head is cut to where it is served; None leaves it whole. Training always
             sees all of it.
+        by_width: what the pair's rounds were calibrated to cost, where a schedule chooses K and they are known.
     """
 
     store: Store
@@ -83,6 +85,7 @@ class School:
     eos_token_ids: Sequence[int]
     facts: Mapping[str, Any]
     vocabulary: CutVocabulary | None = None
+    by_width: RoundCosts | None = None
 
 
 def learn(
@@ -218,6 +221,7 @@ def _new_run(school: School, selection: Selection) -> RunRecord:
         parent=None if active is None else active.name,
         timed_round=selection.timed_round,
         facts=school.facts,
+        by_width=school.by_width,
     )
     run_id = school.store.runs.start(school.pair, recipe.parent, recipe.to_json())
     run = school.store.runs.get(run_id)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from draftloop.backends.base import ProposeJob
 from draftloop.backends.lora import AdapterForm
+from draftloop.learning.replayed import RoundCost
 from draftloop.learning.student import student_quantile
 from draftloop.speculation.metrics import expected_rounds, tokens_per_round
 from draftloop.types import Rules, Sampling
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from draftloop.backends.lora import Lora
     from draftloop.backends.training import Example
     from draftloop.learning.replayed import TimedRound
+    from draftloop.speculation.costs import RoundCosts
 
 TIMED_PROPOSALS = 5
 INTERLEAVED_PASSES = 2
@@ -40,6 +42,8 @@ MIN_COMPARED = 5
 """With fewer requests nothing is certain, and the plainest form stays."""
 CERTAINTY = 0.95
 """One-sided: so sure must a coarser form's gain be."""
+LEAST_GAIN = 0.05
+"""Rounding loses part of any update, and making the coarser forms takes a minute for a small draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +59,20 @@ class FormFigures:
     """What one form was measured to do.
 
     Attributes:
-        draft_s: seconds a drafted token.
+        draft_s: seconds a drafted token; None where the form was not tried: it cannot bring enough.
         tau: of the examples, replayed in this form; None where it was not, because it drafts no faster than
             a plainer form.
-        tokens_per_s: expected, tau over the round's cost; None likewise.
+        tokens_per_s: expected, tau over the round's cost at the fastest K; None likewise.
         gain_low: lower bound of the gain in tokens per second over the plainer form that it had to beat;
             None where it was not compared.
+        examples: how many were replayed; a form that cannot win any more is given up.
     """
 
-    draft_s: float
+    draft_s: float | None = None
     tau: float | None = None
     tokens_per_s: float | None = None
     gain_low: float | None = None
+    examples: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,53 +82,74 @@ class FormChoice:
     Attributes:
         best: to be deployed.
         figures: of each form that the backend has.
-        incumbent_draft_s: seconds a drafted token with the incumbent.
-        bare_draft_s: the same without an adapter.
-        verify_s: seconds of a round beside its drafts.
+        cost: of a round in that form.
+        incumbent_cost: with the incumbent.
+        bare_cost: without an adapter.
     """
 
     best: AdapterForm
     figures: Mapping[AdapterForm, FormFigures]
-    incumbent_draft_s: float
-    bare_draft_s: float
-    verify_s: float
+    cost: RoundCost
+    incumbent_cost: RoundCost
+    bare_cost: RoundCost
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Measured:
-    """One form on the examples.
+    """One form on the first n examples.
 
     Attributes:
-        rounds: [n], expected of each example.
-        tokens: of all examples.
-        round_s: seconds a round.
-        round_error_s: standard error of that, of the drafts alone: the verification is the same in each form.
+        alphas: of each example.
+        cost: of a round.
+        draft_error_s: standard error of a drafted token's seconds. The verification is the same in each form.
+        cap: the largest K.
     """
 
-    rounds: NDArray[np.float64]
-    tokens: int
-    round_s: float
-    round_error_s: float
+    alphas: tuple[Sequence[float], ...]
+    cost: RoundCost
+    draft_error_s: float
+    cap: int
+
+    @property
+    def tokens(self) -> int:
+        """Of all examples."""
+        return sum(map(len, self.alphas))
 
     @property
     def tau(self) -> float:
-        """Tokens a round; 1 where nothing was replayed."""
-        return tokens_per_round(self.tokens, float(self.rounds.sum())) or 1.0
+        """Tokens a round at the cap; 1 where nothing was replayed."""
+        rounds = sum(expected_rounds(rows, self.cap) for rows in self.alphas)
+        return tokens_per_round(self.tokens, rounds) or 1.0
 
-    def gain_low_over(self, plainer: _Measured) -> float | None:
-        """Lower bound of the gain in tokens a second, paired over examples; None where there are too few.
+    def seconds(self) -> tuple[NDArray[np.float64], float]:
+        """Expected of each example at the fastest K, [n]; and the standard error of their sum."""
+        k, rounds = self.cost.fastest(self.alphas, self.cap)
+        return rounds * self.cost.round_s(k), float(rounds.sum()) * k * self.draft_error_s
+
+    def tokens_per_s(self) -> float:
+        """Expected; of a round of one token where nothing was replayed."""
+        seconds = float(self.seconds()[0].sum())
+        return self.tokens / seconds if self.alphas else 1 / self.cost.round_s(self.cap)
+
+    def gain_over(self, plainer: _Measured, side: int) -> float | None:
+        """Bound of the gain in tokens a second, paired over examples; None where there are too few.
 
         The seconds that an example saves scatter over the examples, and both forms' drafts were timed with
         an error that all examples share.
+
+        Args:
+            plainer: what it is compared with, on the same examples or on more.
+            side: -1 for the lower bound, 1 for the upper one.
         """
-        n = len(self.rounds)
+        n = len(self.alphas)
         if n < MIN_COMPARED:
             return None
-        saved_s = plainer.rounds * plainer.round_s - self.rounds * self.round_s
-        shared_s = [float(one.rounds.sum()) * one.round_error_s for one in (self, plainer)]
-        error_s = math.hypot(math.sqrt(n) * float(saved_s.std(ddof=1)), *shared_s)
-        low_s = float(saved_s.sum()) - student_quantile(CERTAINTY, n - 1) * error_s
-        return low_s / (float(self.rounds.sum()) * self.round_s)
+        same = replace(plainer, alphas=plainer.alphas[:n])
+        (own_s, own_error_s), (other_s, other_error_s) = self.seconds(), same.seconds()
+        saved_s = other_s - own_s
+        error_s = math.hypot(math.sqrt(n) * float(saved_s.std(ddof=1)), own_error_s, other_error_s)
+        bound_s = float(saved_s.sum()) + side * student_quantile(CERTAINTY, n - 1) * error_s
+        return bound_s / float(own_s.sum())
 
 
 def choose_form(
@@ -133,55 +160,107 @@ def choose_form(
     *,
     num_draft_tokens: int,
     timed_round: TimedRound | None,
+    by_width: RoundCosts | None,
     compared: Callable[[float], None],
 ) -> FormChoice:
-    """Measure every form that the backend has, in turn with the incumbent and the bare draft.
+    """Measure the forms that the backend has, beside the incumbent and the bare draft.
 
     From the plainest on, a coarser form is taken only where its gain in tokens a second over the one taken
-    so far is certain: what rounding loses of a small update shows on few requests only as noise.
+    so far is certain: what rounding loses of a small update shows on few requests only as noise. No form
+    drafts faster than the bare draft, so where that would gain less than LEAST_GAIN none is tried: making
+    one takes longer than reading the examples.
 
     Args:
-        draft: wears the last outfit measured afterwards.
+        draft: what it wears afterwards is unspecified.
         lora: the candidate.
         incumbent: what is served now.
         examples: replayed in each form.
-        num_draft_tokens: K.
+        num_draft_tokens: K, or the most that a schedule may choose.
         timed_round: what a round with the incumbent took; its verification is what the drafts leave of it.
             None where no round was ever timed.
+        by_width: what rounds were calibrated to cost, where a schedule chooses K; None where K is constant.
         compared: is called with the share of an example that has been replayed.
     """
-    outfits = [Outfit(), incumbent, *(Outfit(lora, form) for form in draft.adapter_forms)]
-    timings = interleaved_draft_seconds(draft, outfits, num_draft_tokens)
-    bare_s, incumbent_s, *seconds = map(statistics.median, timings)
+    best = Outfit(lora)
+    timings = interleaved_draft_seconds(draft, [Outfit(), incumbent, best], num_draft_tokens)
+    bare_s, incumbent_s = (statistics.median(one) for one in timings[:2])
     verify_s = _verify_seconds(timed_round, incumbent_s)
-    figures: dict[AdapterForm, FormFigures] = {}
-    best = AdapterForm.UNFUSED
-    taken: _Measured | None = None
-    share = 1 / len(seconds)
-    for outfit, draft_s, timing in zip(outfits[2:], seconds, timings[2:], strict=True):
-        if taken is not None and draft_s >= figures[best].draft_s:
-            figures[outfit.form] = FormFigures(draft_s)
-            compared(share * len(examples))
+    now = by_width and _as_now(by_width, bare_s, num_draft_tokens)
+    bare_cost, incumbent_cost = (RoundCost(one, verify_s, now) for one in (bare_s, incumbent_s))
+    fitting = _Fitting(draft, examples, num_draft_tokens, bare_cost, compared, len(draft.adapter_forms))
+    taken = fitting.replayed(best, fitting.timed(timings[2]), None)
+    figures = {best.form: _figures(taken, None)}
+    for form in draft.adapter_forms[1:]:
+        outfit = Outfit(lora, form)
+        ideal = replace(taken, cost=bare_cost)
+        if ideal.tokens_per_s() < (1 + LEAST_GAIN) * taken.tokens_per_s():
+            figures[form] = FormFigures()
+            fitting.passed_over()
             continue
-        draft.set_adapter(outfit.lora, outfit.form)
-        rounds = []
-        for example in examples:
-            (alphas,) = draft.replay([example])
+        own, rival = map(fitting.timed, interleaved_draft_seconds(draft, [outfit, best], num_draft_tokens))
+        if own.cost.draft_s >= rival.cost.draft_s:
+            figures[form] = FormFigures(own.cost.draft_s)
+            fitting.passed_over()
+            continue
+        rival = replace(rival, alphas=taken.alphas)
+        measured = fitting.replayed(outfit, own, rival)
+        gain_low = measured.gain_over(rival, -1)
+        figures[form] = _figures(measured, gain_low)
+        if gain_low is not None and gain_low > 0:
+            best, taken = outfit, measured
+    return FormChoice(best.form, figures, taken.cost, incumbent_cost, bare_cost)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    """Tries outfits on the same examples.
+
+    Attributes:
+        price: of the bare draft; every outfit's verification is the same.
+        compared: is told of each example's share.
+        forms: how many there are.
+    """
+
+    draft: Model
+    examples: Sequence[Example]
+    cap: int
+    price: RoundCost
+    compared: Callable[[float], None]
+    forms: int
+
+    def timed(self, timings: Sequence[float]) -> _Measured:
+        """An outfit whose drafts took so long; nothing is replayed yet."""
+        cost = replace(self.price, draft_s=statistics.median(timings))
+        return _Measured((), cost, _median_error(timings), self.cap)
+
+    def replayed(self, outfit: Outfit, timed: _Measured, rival: _Measured | None) -> _Measured:
+        """With the examples; given up where it can no longer win over `rival`."""
+        self.draft.set_adapter(outfit.lora, outfit.form)
+        measured = timed
+        for n, example in enumerate(self.examples, start=1):
+            (alphas,) = self.draft.replay([example])
             # Where alpha is no number nothing would be accepted.
-            rounds.append(expected_rounds(np.nan_to_num(alphas).tolist(), num_draft_tokens))
-            compared(share)
-        measured = _Measured(
-            rounds=np.array(rounds),
-            tokens=sum(example.num_rows for example in examples),
-            round_s=num_draft_tokens * draft_s + verify_s,
-            round_error_s=num_draft_tokens * _median_error(timing),
-        )
-        gain_low = None if taken is None else measured.gain_low_over(taken)
-        tau = measured.tau
-        figures[outfit.form] = FormFigures(draft_s, tau, tau / measured.round_s, gain_low)
-        if taken is None or (gain_low is not None and gain_low > 0):
-            best, taken = outfit.form, measured
-    return FormChoice(best, figures, incumbent_s, bare_s, verify_s)
+            measured = replace(measured, alphas=(*measured.alphas, np.nan_to_num(alphas).tolist()))
+            self.compared(1 / self.forms)
+            most = None if rival is None else measured.gain_over(rival, 1)
+            if most is not None and most < 0:
+                self.compared((len(self.examples) - n) / self.forms)
+                break
+        return measured
+
+    def passed_over(self) -> None:
+        """A form is not replayed."""
+        self.compared(len(self.examples) / self.forms)
+
+
+def _figures(measured: _Measured, gain_low: float | None) -> FormFigures:
+    return FormFigures(
+        draft_s=measured.cost.draft_s,
+        tau=measured.tau,
+        tokens_per_s=measured.tokens_per_s(),
+        gain_low=gain_low,
+        examples=len(measured.alphas),
+    )
 
 
 def _median_error(seconds: Sequence[float]) -> float:
@@ -196,6 +275,14 @@ def _verify_seconds(timed_round: TimedRound | None, draft_s: float) -> float:
     if timed_round is None:
         return VERIFY_DRAFTS * draft_s
     return max(timed_round.seconds - timed_round.drafted_tokens * draft_s, draft_s)
+
+
+def _as_now(calibrated: RoundCosts, bare_s: float, num_draft_tokens: int) -> RoundCosts:
+    """The verification as it would cost while the bare draft costs `bare_s`: the machine may be busier now."""
+    then_s = calibrated.draft_s + calibrated.draft_round_s / num_draft_tokens
+    slower = bare_s / then_s if then_s > 0 else 1.0
+    points = tuple((width, seconds * slower) for width, seconds in calibrated.verify_s)
+    return replace(calibrated, verify_s=points)
 
 
 def interleaved_draft_seconds(

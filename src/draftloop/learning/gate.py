@@ -90,7 +90,8 @@ def judge(
 
     Args:
         requests: held out; those without rows do not count.
-        candidate_cost: of a round, in the form that would be deployed.
+        candidate_cost: of a round, in the form that would be deployed. Each draft is judged at the K that is
+            fastest with it, where its costs are known by width, as a schedule would serve it.
         incumbent_cost: of a round as it is served now.
         bare_cost: of a round without an adapter; None where it costs what the incumbent's does.
         seed: of the bootstrap.
@@ -220,6 +221,9 @@ def _figures(part: Table) -> DomainFigures:
 def _summary(table: Table, interval: tuple[float, float] | None) -> str:
     change = f"tau {table.tau(INCUMBENT):.3f} to {table.tau(CANDIDATE):.3f}, "
     change += f"{_percent(table.gain_over(INCUMBENT), signed=True)} tokens per second"
+    before, after = table.depths[INCUMBENT], table.depths[CANDIDATE]
+    if before != after:
+        change += f" (fastest with {before} drafts a round before, {after} after)"
     if interval is None:
         return change
     low, high = (_percent(bound, signed=True) for bound in interval)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftloop.learning.forms import Outfit, choose_form
 from draftloop.learning.gate import Verdict, judge
-from draftloop.learning.replayed import ReplayedRequest, RoundCost
+from draftloop.learning.replayed import ReplayedRequest
 from draftloop.speculation.metrics import expected_rounds, mean_alpha, tokens_per_round
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from draftloop.backends.lora import AdapterForm, Lora
     from draftloop.backends.training import Example
     from draftloop.learning.forms import FormFigures
-    from draftloop.learning.replayed import TimedRound
+    from draftloop.learning.replayed import RoundCost, TimedRound
+    from draftloop.speculation.costs import RoundCosts
 
     Rows = NDArray[np.float32]
 
@@ -70,6 +71,7 @@ def judge_candidate(
     held_out: Sequence[HeldOut],
     num_draft_tokens: int,
     timed_round: TimedRound | None,
+    by_width: RoundCosts | None,
     seed: int,
     replayed: Callable[[float], None],
 ) -> Judgement:
@@ -82,8 +84,9 @@ def judge_candidate(
         compared: examples that the form is chosen by. It compares forms of one and the same candidate, so
             they may be examples that it was trained on.
         held_out: requests that the verdict is found by.
-        num_draft_tokens: K.
+        num_draft_tokens: K, or the most that a schedule may choose.
         timed_round: what a round with the incumbent took; None where none was.
+        by_width: the verification's cost by width, where a schedule chooses K; None where K is constant.
         seed: of the bootstrap.
         replayed: is called with the share of an example or held-out request that has been replayed.
     """
@@ -94,15 +97,8 @@ def judge_candidate(
         compared,
         num_draft_tokens=num_draft_tokens,
         timed_round=timed_round,
+        by_width=by_width,
         compared=replayed,
-    )
-    candidate_cost, incumbent_cost, bare_cost = (
-        RoundCost(draft_s, choice.verify_s)
-        for draft_s in (
-            choice.figures[choice.best].draft_s,
-            choice.incumbent_draft_s,
-            choice.bare_draft_s,
-        )
     )
     outfits = [Outfit(lora, choice.best), incumbent, *([] if incumbent.lora is None else [Outfit()])]
     alphas = _replay(draft, outfits, held_out, replayed)
@@ -114,17 +110,17 @@ def judge_candidate(
     ]
     verdict = judge(
         requests,
-        candidate_cost=candidate_cost,
-        incumbent_cost=incumbent_cost,
-        bare_cost=None if incumbent.lora is None else bare_cost,
+        candidate_cost=choice.cost,
+        incumbent_cost=choice.incumbent_cost,
+        bare_cost=None if incumbent.lora is None else choice.bare_cost,
         seed=seed,
     )
     return Judgement(
         verdict=verdict,
         form=choice.best,
         forms=choice.figures,
-        candidate_cost=candidate_cost,
-        incumbent_cost=incumbent_cost,
+        candidate_cost=choice.cost,
+        incumbent_cost=choice.incumbent_cost,
         requests=tuple(map(_told, held_out, requests)),
     )
 

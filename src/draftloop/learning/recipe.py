@@ -6,7 +6,7 @@ ends as it would have ended. Must not know a backend or the store.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from draftloop.config.schema import TrainingSettings
 from draftloop.errors import StorageError
 from draftloop.learning.replayed import TimedRound
+from draftloop.speculation.costs import RoundCosts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +35,7 @@ class Recipe:
         gate_domains: of the gate's requests, in their order.
         parent: the adapter it goes on from.
         timed_round: what a round with the incumbent took, None where no request with drafts was stored.
+        by_width: what a verification was calibrated to cost by its width, where a schedule chooses K; else None.
         facts: digests of the draft, versions, device: not read back.
     """
 
@@ -49,6 +51,7 @@ class Recipe:
     parent: str | None
     timed_round: TimedRound | None
     facts: Mapping[str, Any]
+    by_width: RoundCosts | None = None
 
     @property
     def learnt(self) -> tuple[int, ...]:
@@ -64,7 +67,8 @@ class Recipe:
         """Plain JSON."""
         values = {name: getattr(self, name) for name in self.__slots__}
         plain = {"settings": self.settings.model_dump(mode="json"), "facts": dict(self.facts)}
-        return {**values, **plain, "timed_round": self.timed_round and asdict(self.timed_round)}
+        measured = {name: values[name] and asdict(values[name]) for name in ("timed_round", "by_width")}
+        return {**values, **plain, **measured}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Recipe:
@@ -77,7 +81,11 @@ class Recipe:
             ids = {name: tuple(values[name]) for name in _LISTS}
             settings = TrainingSettings.model_validate(values["settings"])
             timed = values["timed_round"] and TimedRound(**values["timed_round"])
-            return cls(**{**values, **ids, "settings": settings, "timed_round": timed})
+            # A run of an older version has none.
+            costs = values.get("by_width")
+            by_width = costs and replace(RoundCosts(**costs), verify_s=tuple(map(tuple, costs["verify_s"])))
+            found = {"settings": settings, "timed_round": timed, "by_width": by_width}
+            return cls(**{**values, **ids, **found})
         except (KeyError, TypeError, ValidationError) as error:
             raise StorageError(
                 f"the run's recipe cannot be read: {error}", remedy="Train without --resume."

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from draftloop.speculation.costs import RoundCosts
+
     Floats = NDArray[np.float64]
 
 CANDIDATE, INCUMBENT, BARE = range(3)
@@ -30,7 +32,7 @@ class ReplayedRequest:
 
     Attributes:
         domain: what it is about.
-        num_draft_tokens: K of the rounds to expect.
+        num_draft_tokens: the cap of the rounds to expect, the same for all requests.
         candidate, incumbent, bare: [R] float32, alpha of each row (`Model.replay`). Where no adapter is
             active, incumbent and bare are the same.
     """
@@ -66,15 +68,28 @@ class RoundCost:
 
     Attributes:
         draft_s: seconds a drafted token.
-        verify_s: seconds of everything else: the target's verification above all.
+        verify_s: seconds of everything else at the cap: the target's verification above all.
+        by_width: the verification by its width, where a schedule chooses K; None where K is constant.
     """
 
     draft_s: float
     verify_s: float
+    by_width: RoundCosts | None = None
 
     def round_s(self, num_draft_tokens: int) -> float:
         """Seconds of a round that drafts K tokens."""
-        return num_draft_tokens * self.draft_s + self.verify_s
+        verify_s = self.verify_s if self.by_width is None else self.by_width.verify_at(num_draft_tokens + 1)
+        return num_draft_tokens * self.draft_s + verify_s
+
+    def fastest(self, alphas: Sequence[Sequence[float]], cap: int) -> tuple[int, Floats]:
+        """The K that answers these requests in the fewest seconds, and each one's expected rounds at it, [n].
+
+        A constant K is the cap.
+        """
+        depths = (cap,) if self.by_width is None else range(cap + 1)
+        rounds = {k: np.array([expected_rounds(rows, k) for rows in alphas], np.float64) for k in depths}
+        best = min(depths, key=lambda k: float(rounds[k].sum()) * self.round_s(k))
+        return best, rounds[best]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,8 +99,9 @@ class Table:
     Attributes:
         rows: [n], response rows.
         alpha_sums: [n, 3].
-        rounds: [n, 3], expected.
-        seconds: [n, 3], expected.
+        rounds: [n, 3], expected at the cap, so that tau can be compared.
+        seconds: [n, 3], expected at the K that is fastest with that draft.
+        depths: those K.
         square_losses: [n], Σ over rows of (alpha of the incumbent - alpha of the candidate)².
     """
 
@@ -93,11 +109,12 @@ class Table:
     alpha_sums: Floats
     rounds: Floats
     seconds: Floats
+    depths: tuple[int, ...]
     square_losses: Floats
 
     @classmethod
     def of(cls, requests: Sequence[ReplayedRequest], costs: Sequence[RoundCost]) -> Self:
-        """Add up requests, given what a round costs with each of the three drafts.
+        """Add up at least one request, given what a round costs with each of the three drafts.
 
         Where alpha is no number nothing would be accepted, so it counts as 0.
 
@@ -106,17 +123,18 @@ class Table:
         """
         if any(len({len(rows) for rows in one.drafts}) > 1 for one in requests):
             raise ValueError("a request's drafts were replayed on different numbers of rows")
+        cap = requests[0].num_draft_tokens
         alphas = [np.array([_as_chances(rows) for rows in one.drafts]) for one in requests]
-        rounds = [
-            [expected_rounds(rows.tolist(), one.num_draft_tokens) for rows in drafts]
-            for one, drafts in zip(requests, alphas, strict=True)
-        ]
-        round_s = [[cost.round_s(one.num_draft_tokens) for cost in costs] for one in requests]
+        by_draft = [[drafts[i].tolist() for drafts in alphas] for i in range(len(costs))]
+        rounds = [[expected_rounds(rows, cap) for rows in texts] for texts in by_draft]
+        fastest = [cost.fastest(texts, cap) for cost, texts in zip(costs, by_draft, strict=True)]
+        seconds = [found * cost.round_s(k) for cost, (k, found) in zip(costs, fastest, strict=True)]
         return cls(
             rows=np.array([drafts.shape[1] for drafts in alphas], np.float64),
             alpha_sums=np.array([drafts.sum(axis=1) for drafts in alphas]),
-            rounds=np.array(rounds),
-            seconds=np.array(rounds) * np.array(round_s),
+            rounds=np.array(rounds).T,
+            seconds=np.array(seconds).T,
+            depths=tuple(k for k, _ in fastest),
             square_losses=np.array(
                 [np.square(drafts[INCUMBENT] - drafts[CANDIDATE]).sum() for drafts in alphas]
             ),
@@ -129,6 +147,7 @@ class Table:
             alpha_sums=self.alpha_sums[chosen],
             rounds=self.rounds[chosen],
             seconds=self.seconds[chosen],
+            depths=self.depths,
             square_losses=self.square_losses[chosen],
         )
 

@@ -243,6 +243,7 @@ class Run:
             held_out=held_out,
             num_draft_tokens=recipe.num_draft_tokens,
             timed_round=recipe.timed_round,
+            by_width=recipe.by_width,
             seed=recipe.settings.seed,
             replayed=replayed,
         )

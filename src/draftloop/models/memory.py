@@ -45,6 +45,9 @@ TRAINING_LOGIT_COPIES = 3
 ACTIVATION_BYTES = 2
 """Training computes in bfloat16."""
 
+PACKED_TOKENS = 768
+"""Small batches are read together up to so many tokens (`backends/torch/training.py`, on a CPU)."""
+
 LORA_BYTES = 16
 """Of each LoRA weight: float32 itself, its gradient, and Adam's two moments."""
 
@@ -259,7 +262,8 @@ def training_activation_bytes(draft: Architecture, config: Config) -> int:
     A layer keeps 4 D (its input, the middle of the residual stream, two norms), 2 Q + 2 G (query, key,
     value, attention's output; attention itself is recomputed from them), 4 F (gate, up, the gate's SiLU,
     their product) and r for each target module, of every token of the batch (batch_size ·
-    max_sequence_length). Gradient checkpointing keeps D a layer, and all of it for one layer at a time.
+    max_sequence_length). Smaller batches of one step are read together, up to PACKED_TOKENS. Gradient
+    checkpointing keeps D a layer, and all of it for one layer at a time.
     """
     lora = config.training.lora
     q, g = draft.num_heads * draft.head_dim, draft.num_kv_heads * draft.head_dim
@@ -269,6 +273,8 @@ def training_activation_bytes(draft: Architecture, config: Config) -> int:
     if config.memory.gradient_checkpointing:
         kept = draft.num_layers * draft.hidden_size + layer
     tokens = config.training.batch_size * config.training.max_sequence_length
+    together = min(PACKED_TOKENS, tokens * config.training.gradient_accumulation_steps)
+    tokens = max(tokens, together)
     return ACTIVATION_BYTES * tokens * kept
 
 

@@ -108,20 +108,29 @@ def calibrated_costs(
         clock: seconds.
         suffix_tokens: see `measure_costs`.
     """
-    key = {**facts, "num_draft_tokens": str(cap), "suffix_tokens": str(suffix_tokens)}
-    path = calibration_path(key)
-    known = _costs_of(read_json(path), key)
+    known = known_costs(cap, facts, suffix_tokens)
     if known is not None:
-        logger.debug("round costs from %s: %s", path, known)
+        logger.debug("round costs as measured before: %s", known)
         return known
+    key = _key(cap, facts, suffix_tokens)
     started_s = time.perf_counter()
     costs = measure_costs(pair, cap, clock, suffix_tokens=suffix_tokens)
     logger.debug("round costs measured in %.1f s: %s", time.perf_counter() - started_s, costs)
     try:
-        write_json(path, _stored(costs, key))
+        write_json(calibration_path(key), _stored(costs, key))
     except DraftloopError as error:
         logger.debug("the round costs were not stored: %s", error)
     return costs
+
+
+def known_costs(cap: int, facts: Mapping[str, str], suffix_tokens: int) -> RoundCosts | None:
+    """The costs from the file of these facts (see `calibrated_costs`); None where they were never measured."""
+    key = _key(cap, facts, suffix_tokens)
+    return _costs_of(read_json(calibration_path(key)), key)
+
+
+def _key(cap: int, facts: Mapping[str, str], suffix_tokens: int) -> dict[str, str]:
+    return {**facts, "num_draft_tokens": str(cap), "suffix_tokens": str(suffix_tokens)}
 
 
 def calibration_path(key: Mapping[str, str]) -> Path:

@@ -46,9 +46,10 @@ class NativeInt4Linear:
     def adapted(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """The product with what `NativeAdaptedLinear` adds, rounded once."""
         x, y, scratch = self._operands(x)
-        inner = torch.empty(len(x), len(a))
+        ranks = len(a) * _RANKS
+        inner = torch.empty(len(x), ranks)
         pointers = (tensor.data_ptr() for tensor in (a, b, first, inner))
-        self.library.dl_int4_adapted(*self._arguments(x, y, scratch), *pointers, len(a), b.shape[1])
+        self.library.dl_int4_adapted(*self._arguments(x, y, scratch), *pointers, ranks, b.shape[1])
         return y
 
     def _operands(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,8 +81,9 @@ class NativeInt4Linear:
 class NativeAdaptedLinear:
     """base(x) + x · a · b in one pass over the weights.
 
-    a: [R, in] bfloat16; b: [out / 16, span, 16] bfloat16, the ranks that each block of outputs depends on,
-    which begin with first [out / 16] int32: where modules are stacked, most of b is zero.
+    a: [R / 4, in / 16, 4, 16] bfloat16, four ranks side by side; b: [out / 16, span, 16] bfloat16, the ranks
+    that each block of outputs depends on, which begin with first [out / 16] int32: where modules are stacked,
+    most of b is zero.
     """
 
     base: NativeInt4Linear
@@ -112,8 +114,9 @@ def native_adapted_linear(
     span = int((ranks - used.flip(1).argmax(dim=1) - begin).where(used.any(dim=1), 1).max())
     first = begin.clamp(max=ranks - span)
     rows = (first.unsqueeze(1) + torch.arange(span)).unsqueeze(-1).expand(-1, -1, BLOCK_ROWS)
-    whole = torch.nn.functional.pad(a.T, (0, 0, 0, -ranks % _RANKS)).contiguous()
-    return NativeAdaptedLinear(base, whole, blocks.gather(1, rows).contiguous(), first.to(torch.int32))
+    whole = torch.nn.functional.pad(a.T, (0, 0, 0, -ranks % _RANKS))
+    by_task = whole.reshape(-1, _RANKS, len(a) // BLOCK_ROWS, BLOCK_ROWS).transpose(1, 2).contiguous()
+    return NativeAdaptedLinear(base, by_task, blocks.gather(1, rows).contiguous(), first.to(torch.int32))
 
 
 def native_int4_linear(

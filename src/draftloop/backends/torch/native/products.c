@@ -17,8 +17,8 @@ typedef struct {
     const bf16 *bias;
     bf16 *output;
     long tokens, inputs, outputs, group;
-    /* An adapter beside it adds (x · a^T) · b: a [R, K] with R a multiple of RANKS, b [N / 16, span, 16] with, for
-     * each block, the `span` ranks from first[block] on that it depends on. b is NULL where there is none. */
+    /* An adapter beside it adds (x · a) · b: a [R / RANKS, K / 16, RANKS, 16], b [N / 16, span, 16] with, for each
+     * block, the `span` ranks from first_rank[block] on that it depends on. b is NULL where there is none. */
     const bf16 *a, *b;
     const int32_t *first_rank;
     float *inner; /* [T, R] */
@@ -71,8 +71,8 @@ static void inner_ranks(const Product *p, long rank) {
         for (int r = 0; r < RANKS; r++) sums[r] = _mm512_setzero_ps();
         for (long k = 0; k < p->inputs; k += LANES) {
             __m512 values = load_bf16(x + k);
-            for (int r = 0; r < RANKS; r++)
-                sums[r] = _mm512_fmadd_ps(values, load_bf16(a + r * p->inputs + k), sums[r]);
+            for (int r = 0; r < RANKS; r += 2) _mm_prefetch((const char *)(a + r * LANES) + AHEAD_BYTES, _MM_HINT_T0);
+            for (int r = 0; r < RANKS; r++, a += LANES) sums[r] = _mm512_fmadd_ps(values, load_bf16(a), sums[r]);
         }
         for (int r = 0; r < RANKS; r++) p->inner[t * p->ranks + rank + r] = _mm512_reduce_add_ps(sums[r]);
     }
