@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from draftloop.backends.vocabulary import CutVocabulary
     from draftloop.config import Config
     from draftloop.models.progress import Progress
+    from draftloop.speculation.costs import RoundCosts
     from draftloop.storage.store import Store
 
 logger = logging.getLogger(__name__)

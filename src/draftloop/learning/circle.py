@@ -72,7 +72,7 @@ class School:
         facts: digests, versions, device; stored with the run and the adapter.
         vocabulary: what the draft's head is cut to where it is served; None leaves it whole. Training always
             sees all of it.
-        by_width: what the pair's rounds were calibrated to cost, where a schedule chooses K and they are known.
+        by_width: what the pair's rounds were calibrated to cost; None where K is constant or nobody measured.
     """
 
     store: Store

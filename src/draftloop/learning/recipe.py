@@ -35,7 +35,7 @@ class Recipe:
         gate_domains: of the gate's requests, in their order.
         parent: the adapter it goes on from.
         timed_round: what a round with the incumbent took, None where no request with drafts was stored.
-        by_width: what a verification was calibrated to cost by its width, where a schedule chooses K; else None.
+        by_width: what rounds were calibrated to cost, where a schedule chooses K; else None.
         facts: digests of the draft, versions, device: not read back.
     """
 

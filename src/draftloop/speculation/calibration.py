@@ -124,7 +124,7 @@ def calibrated_costs(
 
 
 def known_costs(cap: int, facts: Mapping[str, str], suffix_tokens: int) -> RoundCosts | None:
-    """The costs from the file of these facts (see `calibrated_costs`); None where they were never measured."""
+    """The costs from the file of these facts (see `calibrated_costs`); None where nobody measured them."""
     key = _key(cap, facts, suffix_tokens)
     return _costs_of(read_json(calibration_path(key)), key)
 

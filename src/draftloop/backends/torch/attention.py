@@ -25,7 +25,9 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
         return y
     queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))
     whole = len(q) == len(k)
-    seen = None if whole else torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+    seen = (
+        None if whole else torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+    )
     attended = scaled_dot_product_attention(
         queries, keys, values, attn_mask=seen, is_causal=whole, enable_gqa=True
     )

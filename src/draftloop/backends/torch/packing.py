@@ -17,6 +17,9 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from draftloop.backends.training import Example
 
 LEAST_SHARED_TOKENS = 16
@@ -25,7 +28,7 @@ LEAST_SHARED_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Tokens that attend to one another, and behind `shared` ones where they go on from a common beginning."""
+    """Tokens that attend to one another, and to `shared` ones where they go on from a common beginning."""
 
     own: slice
     shared: slice | None = None
@@ -57,7 +60,8 @@ def pack_texts(
     Args:
         batch: at least one example.
         vocab_size: the target may have written an id of its own padding; it is read as the last one.
-        cos, sin: [positions, 1, E] on the device, for the longest text at least.
+        cos: [positions, 1, E] on the device, for the longest text at least.
+        sin: the same.
     """
     ids: list[torch.Tensor] = []
     positions: list[torch.Tensor] = []
@@ -65,7 +69,7 @@ def pack_texts(
     rows: list[torch.Tensor] = [torch.empty(0)] * len(batch)
     end = 0
 
-    def lay(tokens: Sequence[int], first: int, shared: slice | None = None) -> slice:
+    def lay(tokens: NDArray[np.int32], first: int, shared: slice | None = None) -> slice:
         nonlocal end
         own = slice(end, end + len(tokens))
         end = own.stop

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from draftloop.backends.torch.weights import WeightLoader
 
 _PACKED_TOKENS = {"cpu": 768, "cuda": 2048}
-"""Smaller microbatches are read together up to so many tokens, what they begin with alike counted once: making
-the base dense costs as much as multiplying some 150 rows (measured on a CPU), so reading few tokens at a time
-is a waste."""
+"""Smaller microbatches are read together up to so many tokens, what they begin with alike counted once:
+making the base dense costs as much as multiplying some 150 rows (measured on a CPU), so reading few tokens
+at a time is a waste."""
 _REPLAY_ROWS = 64
 """Rows whose float32 logits are in memory at once."""
 _REMEDY = (
