@@ -4,7 +4,8 @@ Prints tokens/s (medians over steps; padding does not count), processor seconds 
 resident memory while training. Each contender is a process of its own; they take turns step by step, so that
 whatever else the machine does meets all of them.
 
-    python benchmarks/training.py [--model NAME] [--steps N] [--batch-size N] [--max-tokens N] [--json]
+    python benchmarks/training.py [--model NAME] [--steps N] [--batch-size N] [--max-tokens N]
+        [--shared-tokens N] [--json]
 
 peft trains transformers' own model class on bfloat16 weights that are unpacked from the same folder, with
 cross-entropy on the response positions. Needs `pip install 'draftloop[bench]'`.
@@ -66,9 +67,15 @@ class Plan:
     batches: list[list[Example]]
 
 
-def examples(count: int, max_tokens: int, vocab_size: int, seed: int = 0) -> list[Example]:
-    """Texts of random ids, from half of `max_tokens` to all of it, 40 % the prompt; p is random too."""
+def examples(
+    count: int, max_tokens: int, vocab_size: int, shared_tokens: int = 0, seed: int = 0
+) -> list[Example]:
+    """Texts of random ids, from half of `max_tokens` to all of it, 40 % the prompt; p is random too.
+
+    Before that, all of them begin with the same `shared_tokens` ids: a system prompt.
+    """
     random = np.random.default_rng(seed)
+    shared = random.integers(0, vocab_size, shared_tokens)
     made = []
     for _ in range(count):
         length = int(random.integers(max_tokens // 2, max_tokens + 1))
@@ -76,7 +83,8 @@ def examples(count: int, max_tokens: int, vocab_size: int, seed: int = 0) -> lis
         rows = length - prompt
         tops = [random.choice(vocab_size, TRACE_TOP_TOKENS, replace=False) for _ in range(rows)]
         probs = random.dirichlet(np.full(TRACE_TOP_TOKENS + 1, 0.2), rows).astype(np.float32)
-        tokens = random.integers(0, vocab_size, length).astype(np.int32)
+        tokens = np.concatenate((shared, random.integers(0, vocab_size, length))).astype(np.int32)
+        prompt += shared_tokens
         made.append(Example(tokens, prompt, np.array(tops, np.int32), probs[:, :-1], probs[:, -1], RULES))
     return made
 
@@ -295,6 +303,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=192, help="the longest example")
+    parser.add_argument("--shared-tokens", type=int, default=0, help="with which all texts begin")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--target-modules", nargs="+", default=["q_proj", "v_proj"])
     parser.add_argument(
@@ -308,7 +317,9 @@ def main() -> None:
     folder = Path(resolve(arguments.model))
     size = arguments.batch_size
     # One batch more, to warm up on.
-    made = examples(size * (arguments.steps + 1), arguments.max_tokens, read_architecture(folder).vocab_size)
+    vocab_size = read_architecture(folder).vocab_size
+    count = size * (arguments.steps + 1)
+    made = examples(count, arguments.max_tokens, vocab_size, arguments.shared_tokens)
     spec = LoraSpec(arguments.rank, 2.0 * arguments.rank, tuple(arguments.target_modules))
     threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     plan = Plan(folder, spec, threads, [made[i : i + size] for i in range(0, len(made), size)])

@@ -178,7 +178,7 @@ def choose_form(
         num_draft_tokens: K, or the most that a schedule may choose.
         timed_round: what a round with the incumbent took; its verification is what the drafts leave of it.
             None where no round was ever timed.
-        by_width: what rounds were calibrated to cost, where a schedule chooses K; else None.
+        by_width: what rounds were calibrated to cost, where a schedule chooses K.
         compared: is called with the share of an example that has been replayed.
     """
     best = Outfit(lora)
