@@ -260,9 +260,7 @@ def _schedule(
     """What chooses K, calibrated with the bare draft; None where K is constant."""
     if prepared.draft_folder is None or config.speculative.schedule == "fixed":
         return None
-    facts = _calibration_facts(
-        prepared.backend, prepared.target_folder, prepared.draft_folder, vocabulary
-    )
+    facts = _calibration_facts(prepared.backend, prepared.target_folder, prepared.draft_folder, vocabulary)
     k, matched = config.speculative.num_draft_tokens, suffix_tokens(config)
     return Schedule(calibrated_costs(models, k, facts, suffix_tokens=matched))
 

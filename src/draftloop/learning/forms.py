@@ -278,7 +278,7 @@ def _verify_seconds(timed_round: TimedRound | None, draft_s: float) -> float:
 
 
 def _as_now(calibrated: RoundCosts, bare_s: float, num_draft_tokens: int) -> RoundCosts:
-    """The verification as it would cost while the bare draft costs `bare_s`: the machine may be busier now."""
+    """The verification while the bare draft costs `bare_s`: the machine may be busier now than it was."""
     then_s = calibrated.draft_s + calibrated.draft_round_s / num_draft_tokens
     slower = bare_s / then_s if then_s > 0 else 1.0
     points = tuple((width, seconds * slower) for width, seconds in calibrated.verify_s)
