@@ -39,8 +39,8 @@ def logits(model, tokens=TOKENS):
 
 
 def tolerance(backend, packed):
-    """All in float32, but for PyTorch's int4 kernel on a GPU: it knows bfloat16 alone."""
-    return 0.5 if packed and in_bfloat16(backend) else 1e-3
+    """All in float32, but for 4-bit layers on a GPU, which compute in bfloat16."""
+    return 0.6 if packed and in_bfloat16(backend) else 1e-3
 
 
 def in_bfloat16(backend):

@@ -274,7 +274,7 @@ class TorchBackend:
                 remedy=f"Choose a checkpoint in {', '.join(_DTYPES)}.",
             )
         on_cpu = self._device.type == "cpu"
-        # CPUs have fast paths for bfloat16 only; CUDA's int4 kernel computes in nothing else.
+        # CPUs have fast paths for bfloat16 only; CUDA's int4 kernels compute in nothing else.
         if (on_cpu and dtype is torch.float16) or (not on_cpu and architecture.quantization is not None):
             return torch.bfloat16
         return dtype

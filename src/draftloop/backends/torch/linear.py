@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from draftloop.backends.torch.cuda.packed import packed_int4_linear
 from draftloop.backends.torch.native.library import load_library
 from draftloop.backends.torch.native.linear import native_int4_linear
 
@@ -160,6 +161,10 @@ def int4_linear(
         library = load_library(torch.get_num_threads())
         if library is not None:
             return native_int4_linear(library, parts, bias, group_size)
+    if device.type == "cuda" and dtype is torch.bfloat16:
+        packed = packed_int4_linear(parts, bias, group_size, device)
+        if packed is not None:
+            return packed
     words = _pad_rows(torch.cat([part.weight for part in parts]))
     scales = torch.cat([part.scales for part in parts]).float()
     zeros = torch.cat([part.biases for part in parts]).float() + 8 * scales

@@ -11,10 +11,13 @@ are read in 0.3 ms. A graph is one launch.
 from __future__ import annotations
 
 import logging
+import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
+
+from draftloop.backends.torch.native.library import SWITCH
 
 if TYPE_CHECKING:
     from draftloop.backends.torch.cuda.step import Step
@@ -29,7 +32,8 @@ _LOG = logging.getLogger(__name__)
 
 def graphed_steps(decoder: Decoder, max_tokens: int) -> GraphedSteps | None:
     """Graphs for `decoder` over caches of `max_tokens`; None where there is no GPU or no Triton."""
-    if decoder.weights.final_norm.device.type != "cuda" or find_spec("triton") is None:
+    on_gpu = decoder.weights.final_norm.device.type == "cuda"
+    if not on_gpu or os.environ.get(SWITCH) == "0" or find_spec("triton") is None:
         return None
     try:
         from draftloop.backends.torch.cuda.step import Step

@@ -5,7 +5,8 @@ are: a token's bits are the same whether it comes alone or among others. So veri
 of decoding one token at a time. Where the cache is and how full, kernels read from `state`, on the device:
 one captured graph serves every cache. Must not know layers. Needs Triton, so it is imported on a GPU only.
 
-Letters: T rows, D hidden, N outputs, H query heads, G key/value heads, R = H / G, E head width, S splits.
+Letters: T rows, M of a tile, D hidden, N outputs, H query heads, G key/value heads, R = H / G, E head width,
+S splits.
 `state` is [3] int64: the address of a cache [L, 2, G, max_tokens, E], the tokens that it holds, max_tokens.
 """
 
@@ -124,158 +125,215 @@ def gate(x, y, width, block: tl.constexpr, chained: tl.constexpr):
 
 
 @triton.jit
-def place(
+def _head_values(
     qkv,
     bias,
-    q_norm,
-    k_norm,
+    row,
+    head,
+    e,
+    known,
+    rows,
+    lines: tl.constexpr,
+    width: tl.constexpr,
+    splits: tl.constexpr,
+    biased: tl.constexpr,
+):
+    """Columns e of each row's head, [M, E] float32: parts of qkv [S, T, H + 2G, E] summed, bias added."""
+    at = (row * lines + head)[:, None] * width + e[None, :]
+    total = tl.load(qkv + at, mask=known, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, splits):
+        total += tl.load(qkv + split * rows * lines * width + at, mask=known, other=0.0).to(tl.float32)
+    if biased:
+        total += tl.load(bias + head[:, None] * width + e[None, :], mask=known, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _rotated(
+    qkv,
+    bias,
+    norm,
     cos,
     sin,
-    state,
-    q,
-    layer,
+    row,
+    head,
+    position,
+    e,
+    known,
+    rows,
+    eps,
+    lines: tl.constexpr,
+    width: tl.constexpr,
+    splits: tl.constexpr,
+    biased: tl.constexpr,
+    normed: tl.constexpr,
+):
+    """Each row's head, normed (`normed`, Qwen3) and rotated to its position: [M, E] float32.
+
+    cos, sin: [max_tokens, E], as `rope_tables` gives them.
+    """
+    other = tl.where(e < width // 2, e + width // 2, e - width // 2)
+    values = _head_values(qkv, bias, row, head, e, known, rows, lines, width, splits, biased)
+    partners = _head_values(qkv, bias, row, head, other, known, rows, lines, width, splits, biased)
+    if normed:
+        factor = tl.rsqrt(tl.sum(values * values, axis=1) / width + eps)[:, None]
+        values *= factor * tl.load(norm + e, mask=e < width, other=0.0)[None, :]
+        partners *= factor * tl.load(norm + other, mask=e < width, other=0.0)[None, :]
+    angle = position[:, None] * width + e[None, :]
+    c = tl.load(cos + angle, mask=known, other=0.0)
+    s = tl.load(sin + angle, mask=known, other=0.0)
+    return values * c + partners * s
+
+
+@triton.jit
+def _held(keys, values, s, e, position, width: tl.constexpr):
+    """Keys and values [M, E] of the places s [M] that the cache held before this step; zeros for others."""
+    at = s[:, None] * width + e[None, :]
+    held = (s < position)[:, None] & (e < width)[None, :]
+    # Memory behind the last token was never written: 0 · NaN would be NaN.
+    return tl.load(keys + at, mask=held, other=0.0), tl.load(values + at, mask=held, other=0.0)
+
+
+@triton.jit
+def _with_new(
+    k,
+    v,
+    qkv,
+    bias,
+    norm,
+    cos,
+    sin,
+    keys,
+    values,
+    s,
+    e,
+    position,
+    group,
     rows,
     eps,
     heads: tl.constexpr,
     groups: tl.constexpr,
-    half: tl.constexpr,
-    block: tl.constexpr,
+    width: tl.constexpr,
     splits: tl.constexpr,
     biased: tl.constexpr,
     normed: tl.constexpr,
-    chained: tl.constexpr,
 ):
-    """One head of one row: sum its parts, norm it (`normed`, Qwen3), rotate it, put it in its place.
+    """`_held` with this step's own keys and values, which go to the cache.
 
-    qkv: [S, T, H + 2G, E]; bias: [H + 2G, E]; cos, sin: [max_tokens, E], as `rope_tables` gives them;
-    q: [T, H, E]; half = E / 2. Keys and values go to the cache.
+    Every program that comes by writes them, all the same bits, and reads only what it made itself.
     """
-    _follow(chained)
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    i = tl.arange(0, block)
-    inside = i < half
-    low = tl.zeros((block,), tl.float32)
-    high = tl.zeros((block,), tl.float32)
-    for split in tl.static_range(splits):
-        start = qkv + ((split * rows + row) * (heads + 2 * groups) + head) * 2 * half + i
-        low += tl.load(start, mask=inside, other=0.0).to(tl.float32)
-        high += tl.load(start + half, mask=inside, other=0.0).to(tl.float32)
-    if biased:
-        low += tl.load(bias + head * 2 * half + i, mask=inside, other=0.0).to(tl.float32)
-        high += tl.load(bias + head * 2 * half + half + i, mask=inside, other=0.0).to(tl.float32)
-    position = tl.load(state + 1) + row
-    if head < heads + groups:
-        if normed:
-            factor = tl.rsqrt((tl.sum(low * low, axis=0) + tl.sum(high * high, axis=0)) / (2 * half) + eps)
-            weight = q_norm + i
-            if head >= heads:
-                weight = k_norm + i
-            low *= factor * tl.load(weight, mask=inside, other=0.0)
-            high *= factor * tl.load(weight + half, mask=inside, other=0.0)
-        c = tl.load(cos + position * 2 * half + i, mask=inside, other=0.0)
-        s = tl.load(sin + position * 2 * half + half + i, mask=inside, other=0.0)
-        turned = low * c - high * s
-        high = high * c + low * s
-        low = turned
-    if head < heads:
-        target = q + (row * heads + head) * 2 * half
-    else:
-        cache = tl.load(state).to(tl.pointer_type(q.dtype.element_ty))
-        line = layer * 2 * groups + head - heads
-        target = cache + (line * tl.load(state + 2) + position) * 2 * half
-    tl.store(target + i, low.to(q.dtype.element_ty), mask=inside)
-    tl.store(target + half + i, high.to(q.dtype.element_ty), mask=inside)
+    if tl.max(s, axis=0) >= position:
+        row = s - position
+        lines: tl.constexpr = heads + 2 * groups
+        new = ((row >= 0) & (row < rows))[:, None] & (e < width)[None, :]
+        head = heads + group + tl.zeros_like(row)
+        turned = _rotated(
+            qkv, bias, norm, cos, sin, row, head, s, e, new, rows, eps, lines, width, splits, biased, normed
+        ).to(k.dtype)
+        fresh = _head_values(qkv, bias, row, head + groups, e, new, rows, lines, width, splits, biased).to(
+            v.dtype
+        )
+        at = s[:, None] * width + e[None, :]
+        tl.store(keys + at, turned, mask=new)
+        tl.store(values + at, fresh, mask=new)
+        k = tl.where(new, turned, k)
+        v = tl.where(new, fresh, v)
+    return k, v
+
+
+@triton.jit
+def _combined(peaks, sums, parts, line, e, known, width: tl.constexpr, splits: tl.constexpr):
+    """What the splits of each line found, [M, E]: weighted by their shares, in the splits' order."""
+    split = tl.arange(0, splits)
+    there = line[:, None] * splits + split[None, :]
+    rows_known = tl.max(known.to(tl.int32), axis=1) > 0
+    peak = tl.load(peaks + there, mask=rows_known[:, None], other=0.0, cache_modifier=".cg")
+    share = tl.exp(peak - tl.max(peak, axis=1)[:, None])
+    found = tl.load(sums + there, mask=rows_known[:, None], other=1.0, cache_modifier=".cg")
+    total = tl.sum(share * found, axis=1)
+    mixed = tl.zeros(known.shape, tl.float32)
+    for i in tl.static_range(splits):
+        part = parts + (line * splits + i)[:, None] * width + e[None, :]
+        weight = tl.sum(tl.where(split[None, :] == i, share, 0.0), axis=1)
+        mixed += weight[:, None] * tl.load(part, mask=known, other=0.0, cache_modifier=".cg")
+    return mixed / total[:, None]
 
 
 @triton.jit
 def attend(
-    q,
-    state,
-    peaks,
-    sums,
-    parts,
-    layer,
-    rows,
-    scale,
-    heads: tl.constexpr,
-    groups: tl.constexpr,
-    width: tl.constexpr,
-    block_width: tl.constexpr,
-    block_keys: tl.constexpr,
-    splits: tl.constexpr,
-    chained: tl.constexpr,
-):
+    qkv, bias, q_norm, k_norm, cos, sin, state, peaks, sums, parts, counters, y, layer, rows, eps, scale,
+    heads: tl.constexpr, groups: tl.constexpr, width: tl.constexpr, block_width: tl.constexpr,
+    block_keys: tl.constexpr, qkv_splits: tl.constexpr, splits: tl.constexpr,
+    biased: tl.constexpr, normed: tl.constexpr, chained: tl.constexpr,
+):  # fmt: skip
     """Attention of 16 of a group's R·T queries to every S-th block of keys (Dao 2023, flash-decoding).
 
-    Writes what `combine` takes: the largest score and the sum of exponentials, [T, H, S], and the weighted
-    values [T, H, S, E], float32. Blocks belong to splits by their place in the text, whatever its length.
+    Rotates queries and new keys, and puts the latter into the cache with their values. The last of a tile's S
+    programs, by `counters` [G, tiles], adds up what all found: the largest score and the sum of exponentials,
+    [T, H, S], and the weighted values [T, H, S, E], float32; y [T, H, E] is the result. Blocks belong to
+    splits by their place in the text, whatever its length. What earlier steps left is read before the wait.
     """
-    _follow(chained)
     repeats: tl.constexpr = heads // groups
     group = tl.program_id(0)
-    split = tl.program_id(1)
     m = tl.program_id(2) * _ROWS + tl.arange(0, _ROWS)
     row = m // repeats
-    line = row * heads + group * repeats + m % repeats
+    head = group * repeats + m % repeats
+    line = row * heads + head
     e = tl.arange(0, block_width)
     known = (m < rows * repeats)[:, None] & (e < width)[None, :]
-    queries = tl.load(q + line[:, None] * width + e[None, :], mask=known, other=0.0)
     position = tl.load(state + 1).to(tl.int32)
+    place = position + row
     capacity = tl.load(state + 2)
-    cache = tl.load(state).to(tl.pointer_type(q.dtype.element_ty))
-    keys = cache + (layer * 2 * groups + group) * capacity * width
+    keys = tl.load(state).to(tl.pointer_type(y.dtype.element_ty)) + (
+        (layer * 2 * groups + group) * capacity * width
+    )
     values = keys + groups * capacity * width
-    end = position + rows
+    s = tl.program_id(1) * block_keys + tl.arange(0, block_keys)
+    k, v = _held(keys, values, s, e, position, width)
+    _follow(chained)
+    queries = _rotated(
+        qkv, bias, q_norm, cos, sin, row, head, place, e, known, rows, eps,
+        heads + 2 * groups, width, qkv_splits, biased, normed,
+    ).to(y.dtype.element_ty)  # fmt: skip
     peak = tl.full((_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((_ROWS,), tl.float32)
     mixed = tl.zeros((_ROWS, block_width), tl.float32)
-    for start in range(split * block_keys, end, splits * block_keys):
-        s = start + tl.arange(0, block_keys)
-        # Memory behind the last token was never written: 0 · NaN would be NaN.
-        k = tl.load(
-            keys + s[None, :] * width + e[:, None], mask=(s < end)[None, :] & (e < width)[:, None], other=0.0
-        )
-        scores = tl.dot(queries, k, input_precision="ieee") * scale
-        scores = tl.where(s[None, :] <= (position + row)[:, None], scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, axis=1))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp(scores - finite[:, None])
-        fade = tl.exp(peak - finite)
-        total = total * fade + tl.sum(weights, axis=1)
-        v = tl.load(
-            values + s[:, None] * width + e[None, :],
-            mask=(s < end)[:, None] & (e < width)[None, :],
-            other=0.0,
-        )
-        mixed = tl.dot(weights.to(v.dtype), v, mixed * fade[:, None], input_precision="ieee")
-        peak = higher
-    out = line * splits + split
+    for _ in range(tl.program_id(1) * block_keys, position + rows, splits * block_keys):
+        k, v = _with_new(
+            k, v, qkv, bias, k_norm, cos, sin, keys, values, s, e, position, group,
+            rows, eps, heads, groups, width, qkv_splits, biased, normed,
+        )  # fmt: skip
+        peak, total, mixed = _attended(queries, k, v, s[None, :] <= place[:, None], scale, peak, total, mixed)
+        s += splits * block_keys
+        k, v = _held(keys, values, s, e, position, width)
+    out = line * splits + tl.program_id(1)
     tl.store(peaks + out, peak, mask=m < rows * repeats)
     tl.store(sums + out, total, mask=m < rows * repeats)
     tl.store(parts + out[:, None] * width + e[None, :], mixed, mask=known)
+    if _is_last(counters + group * tl.num_programs(2) + tl.program_id(2), splits):
+        mixed = _combined(peaks, sums, parts, line, e, known, width, splits)
+        tl.store(y + line[:, None] * width + e[None, :], mixed.to(y.dtype.element_ty), mask=known)
 
 
 @triton.jit
-def combine(
-    peaks,
-    sums,
-    parts,
-    y,
-    width: tl.constexpr,
-    block_width: tl.constexpr,
-    splits: tl.constexpr,
-    chained: tl.constexpr,
-):
-    """The splits of one head of one row, which `attend` wrote, become its output: y [T, H, E]."""
-    _follow(chained)
-    line = tl.program_id(0)
-    split = tl.arange(0, splits)
-    e = tl.arange(0, block_width)
-    peak = tl.load(peaks + line * splits + split)
-    share = tl.exp(peak - tl.max(peak, axis=0))
-    total = tl.sum(share * tl.load(sums + line * splits + split), axis=0)
-    place_of = parts + (line * splits + split)[:, None] * width + e[None, :]
-    values = tl.load(place_of, mask=(e < width)[None, :], other=0.0)
-    mixed = tl.sum(values * share[:, None], axis=0) / total
-    tl.store(y + line * width + e, mixed.to(y.dtype.element_ty), mask=e < width)
+def _attended(queries, k, v, seen, scale, peak, total, mixed):
+    """One block of keys more (Milakov and Gimelshein 2018): the largest score, Σ exp, the weighted values."""
+    scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(peak, tl.max(scores, axis=1))
+    finite = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp(scores - finite[:, None])
+    fade = tl.exp(peak - finite)
+    total = total * fade + tl.sum(weights, axis=1)
+    mixed = tl.dot(weights.to(v.dtype), v, mixed * fade[:, None], input_precision="ieee")
+    return higher, total, mixed
+
+
+@triton.jit
+def _is_last(counter, programs: tl.constexpr):
+    """Whether the other programs of this tile have written what they found; the last one resets the count."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(counter, 0)
+    return last

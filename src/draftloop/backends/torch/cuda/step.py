@@ -2,8 +2,12 @@
 
 Contract: `Step.logits` reads the tokens that `Step.place` put on the device, appends their keys and values to
 the cache it named, and returns their logits. Nothing in between depends on a number of the host but the
-count of rows. Dense layers use kernels that round a row the same way whatever its neighbours (`kernels.py`);
-other layers (4-bit, adapted) are called as they are. Must not know sampling.
+count of rows. Plain layers, dense or 4-bit, use kernels that round a row the same way whatever its neighbours
+(`products.py` for bfloat16, `kernels.py` for other types); an adapted layer is called as it is. Must not know
+sampling.
+
+Where both sides of a norm are `products.py`'s, it costs no launch: the product before leaves x · gain and the
+sums of x², and the product behind applies the factor to its result.
 
 Letters: T rows, D hidden, H query heads, G key/value heads, E head width, V vocabulary.
 """
@@ -15,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from draftloop.backends.torch.cuda import kernels
+from draftloop.backends.torch.cuda import kernels, products
+from draftloop.backends.torch.cuda.packed import PackedInt4Linear
+from draftloop.backends.torch.cuda.products import Matrix, Rows
 from draftloop.backends.torch.cuda.tiles import tiles_of
 from draftloop.backends.torch.decoder import rope_tables
 from draftloop.backends.torch.linear import DenseLinear, Int4Linear
@@ -28,7 +34,7 @@ if TYPE_CHECKING:
 MAX_ROWS = kernels.TILE_ROWS
 
 _SPLITS = 16
-_BLOCK_KEYS = 64
+_BLOCK_KEYS = 32
 _GATE_BLOCK = 1024
 
 
@@ -41,6 +47,9 @@ class Step:
         self._cos, self._sin = rope_tables(decoder.architecture, max_tokens, device)
         self.tokens = torch.zeros(MAX_ROWS, dtype=torch.long, device=device)
         self._state = torch.zeros(3, dtype=torch.long, device=device)
+        shapes = decoder.architecture
+        most_tiles = -(-MAX_ROWS * (shapes.num_heads // shapes.num_kv_heads) // kernels.TILE_ROWS)
+        self._counters = torch.zeros(shapes.num_kv_heads * most_tiles, dtype=torch.int32, device=device)
         self._placed = (0, 0)
         # A kernel may be set up while the one before it runs: from Hopper on.
         chained = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -62,33 +71,48 @@ class Step:
         decoder = self._decoder
         last = decoder.architecture.vocab_size - 1
         x = decoder.weights.embedding(self.tokens[:rows].clamp(max=last))
-        parts = None
-        for index, layer in enumerate(decoder.weights.layers):
-            qkv, bias = self._qkv(layer.qkv, self._normalized(x, parts, layer.input_norm))
-            parts = self._product(layer.output, self._attention(layer, index, qkv, bias))
-            inner = self._gated(layer.gate_up, self._normalized(x, parts, layer.post_norm))
-            parts = self._product(layer.down, inner)
-        hidden = self._normalized(x, parts, decoder.weights.final_norm)
-        logits = self._product(decoder.weights.head, hidden)
+        layers = decoder.weights.layers
+        gains = [*(layer.input_norm for layer in layers[1:]), decoder.weights.final_norm]
+        inputs = Rows(self._normalized(x, None, layers[0].input_norm))
+        for index, (layer, gain) in enumerate(zip(layers, gains, strict=True)):
+            qkv, bias = self._qkv(layer.qkv, inputs)
+            inputs = self._added(
+                layer.output, Rows(self._attention(layer, index, qkv, bias)), x, layer.post_norm
+            )
+            inputs = self._added(layer.down, Rows(self._gated(layer.gate_up, inputs)), x, gain)
+        logits = self._product(decoder.weights.head, inputs)
         return (logits[0] if len(logits) == 1 else logits.sum(dim=0)).float()
 
-    def _product(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
-        """`linear` of x [T, in] in parts whose sum it is, [S, T, out]; one part where S may not be more."""
+    def _product(self, linear: Linear, inputs: Rows) -> torch.Tensor:
+        """`linear` of [T, in] in parts whose sum it is, [S, T, out]; one part where S may not be more."""
+        matrix = _matrix(linear)
+        if matrix is not None:
+            return products.plain(matrix, inputs)[None]
         if isinstance(linear, DenseLinear) and linear.bias is None:
-            return self._multiply(linear.weight, x, gated=False)
-        return linear(x).contiguous()[None]
+            return self._multiply(linear.weight, inputs.normed(), gated=False)
+        return linear(inputs.normed()).contiguous()[None]
 
-    def _qkv(self, linear: Linear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _qkv(self, linear: Linear, inputs: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `_product`, and the bias, which `_attention` adds."""
-        if isinstance(linear, DenseLinear | Int4Linear):
-            return self._product(replace(linear, bias=None), x), linear.bias
-        return self._product(linear, x), None
+        if isinstance(linear, DenseLinear | Int4Linear | PackedInt4Linear):
+            return self._product(replace(linear, bias=None), inputs), linear.bias
+        return self._product(linear, inputs), None
 
-    def _gated(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
-        """The MLP's inner values [T, F] of x [T, D]."""
+    def _added(self, linear: Linear, inputs: Rows, x: torch.Tensor, gain: torch.Tensor) -> Rows:
+        """Add `linear` of [T, in] to x [T, D], in place; what the next product reads, normed by `gain`."""
+        matrix = _matrix(linear)
+        if matrix is not None:
+            return products.added(matrix, inputs, x, gain, self._decoder.architecture.rms_norm_eps)
+        return Rows(self._normalized(x, self._product(linear, inputs), gain))
+
+    def _gated(self, linear: Linear, inputs: Rows) -> torch.Tensor:
+        """The MLP's inner values [T, F] of [T, D]."""
+        matrix = _matrix(linear)
+        if matrix is not None and matrix.outputs % (2 * products.TILE) == 0:
+            return products.gated(matrix, inputs)
         if isinstance(linear, DenseLinear) and linear.bias is None:
-            return self._multiply(linear.weight, x, gated=True)[0]
-        both = linear(x).contiguous()
+            return self._multiply(linear.weight, inputs.normed(), gated=True)[0]
+        both = linear(inputs.normed()).contiguous()
         rows, width = len(both), both.shape[1] // 2
         y = both.new_empty(rows, width)
         kernels.gate[(rows, -(-width // _GATE_BLOCK))](both, y, width, _GATE_BLOCK, **self._chain)
@@ -145,63 +169,50 @@ class Step:
         shapes, rows = self._decoder.architecture, qkv.shape[1]
         heads, groups, width = shapes.num_heads, shapes.num_kv_heads, shapes.head_dim
         normed = layer.q_norm is not None
-        q = qkv.new_empty(rows, heads * width, dtype=self._decoder.dtype)
-        kernels.place[(rows, heads + 2 * groups)](
-            qkv,
-            q if bias is None else bias,
-            layer.q_norm if normed else q,
-            layer.k_norm if normed else q,
-            self._cos,
-            self._sin,
-            self._state,
-            q,
-            index,
-            rows,
-            shapes.rms_norm_eps,
-            heads,
-            groups,
-            width // 2,
-            _power_of_two(width // 2),
-            len(qkv),
-            bias is not None,
-            normed,
-            num_warps=1,
-            **self._chain,
-        )
-        return self._attended(q, index)
-
-    def _attended(self, q: torch.Tensor, index: int) -> torch.Tensor:
-        """Queries [T, H·E] over the cache of layer `index` -> [T, H·E]."""
-        shapes, rows = self._decoder.architecture, len(q)
-        heads, groups, width = shapes.num_heads, shapes.num_kv_heads, shapes.head_dim
-        peaks, sums = q.new_empty(2, rows * heads, _SPLITS, dtype=torch.float32)
-        parts = q.new_empty(rows * heads, _SPLITS, width, dtype=torch.float32)
-        block_width = max(16, _power_of_two(width))
+        peaks, sums = qkv.new_empty(2, rows * heads, _SPLITS, dtype=torch.float32)
+        parts = qkv.new_empty(rows * heads, _SPLITS, width, dtype=torch.float32)
+        y = qkv.new_empty(rows, heads * width, dtype=self._decoder.dtype)
         tiles = -(-rows * (heads // groups) // kernels.TILE_ROWS)
         kernels.attend[(groups, _SPLITS, tiles)](
-            q,
+            qkv,
+            y if bias is None else bias,
+            layer.q_norm if normed else y,
+            layer.k_norm if normed else y,
+            self._cos,
+            self._sin,
             self._state,
             peaks,
             sums,
             parts,
+            self._counters,
+            y,
             index,
             rows,
+            shapes.rms_norm_eps,
             width**-0.5,
             heads,
             groups,
             width,
-            block_width,
+            max(16, _power_of_two(width)),
             _BLOCK_KEYS,
+            len(qkv),
             _SPLITS,
-            num_warps=4,
+            bias is not None,
+            normed,
+            num_warps=8,
             num_stages=1,
             **self._chain,
         )
-        y = torch.empty_like(q)
-        kernels.combine[(rows * heads,)](
-            peaks, sums, parts, y, width, block_width, _SPLITS, num_warps=1, **self._chain
-        )
         return y
+
+
+def _matrix(linear: Linear) -> Matrix | None:
+    """What `products.py` can multiply: a plain layer without a bias, in shapes that it takes."""
+    if isinstance(linear, PackedInt4Linear) and linear.bias is None:
+        return linear.matrix
+    if isinstance(linear, DenseLinear) and linear.bias is None and products.fits(linear.weight):
+        return Matrix(linear.weight, None, 0, *linear.weight.shape)
+    return None
 
 
 def _power_of_two(number: int) -> int:
