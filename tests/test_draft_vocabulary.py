@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import pupils
 from draftloop.learning.circle import learn
+from draftloop.learning.selection import select
 from draftloop.models.memory import plan_memory
 from pupils import Watched, ask
 from toys import EOS_ID, SPECIAL_TOKENS, TOKENIZER_SIZE
@@ -89,6 +92,16 @@ def test_q_of_a_drafted_token_is_that_of_the_cut_head(classroom, store):
     kept = sorted({0, *SPECIAL, *prompt} - {EOS_ID})  # min_tokens holds EOS back
     q[kept] = np.exp(logits[kept])
     assert record.traces.draft_probs[0] == pytest.approx(q[record.traces.draft_ids[0]] / q.sum(), abs=1e-3)
+
+
+def test_rounds_of_another_head_tell_nothing_of_this_ones_cost(classroom, store):
+    """A round is timed for the gate by the newest request's kind alone."""
+    before = select(store, classroom.pair, classroom.config()).timed_round
+    (record,) = store.requests.load([newest(store, classroom.pair)])
+    store.requests.add(replace(record, vocabulary="9-abc", decode_s=1000.0 * record.rounds))
+    after = select(store, classroom.pair, classroom.config()).timed_round
+    assert before.seconds < 100
+    assert after.seconds == pytest.approx(1000)
 
 
 class TestTraining:

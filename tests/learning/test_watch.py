@@ -100,6 +100,14 @@ def test_a_fall_is_seen_and_measured():
     assert fall == pytest.approx(0.15, abs=0.05)
 
 
+def test_a_head_that_was_cut_meanwhile_is_no_fall():
+    """What was cut off no adapter brings back."""
+    before, live = noisy(0.8, 60, 0), noisy(0.65, 40, 1)
+    assert alpha_fall(requests(before), requests(live, vocabulary="9-abc")) is None
+    fall = alpha_fall(requests(before, vocabulary="9-abc"), requests(live, vocabulary="9-abc"))
+    assert fall == pytest.approx(0.15, abs=0.05)
+
+
 def test_a_rise_is_no_fall():
     assert alpha_fall(requests(noisy(0.7, 60, 0)), requests(noisy(0.85, 40, 1))) is None
     assert alpha_fall(requests([0.7] * 10), requests([0.7] * 10)) is None
