@@ -23,12 +23,15 @@ def store(tmp_path):
         yield store
 
 
-def tell(store, count, tokens, *, rows=64, first_seed=0, domain="law", pair=PAIR, top_ids=None):
+def tell(
+    store, count, tokens, *, rows=64, first_seed=0, domain="law", pair=PAIR, top_ids=None, logprobs=(-2.0,)
+):
     """Store answers whose tokens are drawn from `tokens`, and nothing else among the likeliest."""
     for seed in range(first_seed, first_seed + count):
         answer = np.random.default_rng(seed).choice(tokens, rows).astype(np.int32)
         traces = make_traces(rows, seed)
         traces.top_ids[:] = answer[:, None] if top_ids is None else top_ids
+        traces.top_logprobs[:] = np.repeat(logprobs, 32 // len(logprobs))
         store.requests.add(
             make_request(rows=rows, seed=seed, answer_tokens=answer, traces=traces, domain=domain, pair=pair)
         )
@@ -61,8 +64,11 @@ def test_what_was_emitted_is_kept(store):
 
 
 def test_what_was_likely_is_kept_though_it_was_never_emitted(store):
-    tell(store, 40, np.arange(50), top_ids=np.arange(70_000, 70_032, dtype=np.int32))
-    assert np.isin(np.arange(70_000, 70_032), choose(store, 100)).all()
+    """Not so what was held for less likely than a thousandth: there is too much of it."""
+    tell(store, 40, np.arange(50), top_ids=np.arange(70_000, 70_032, dtype=np.int32), logprobs=[-2.0, -8.0])
+    ids = choose(store, 100)
+    assert np.isin(np.arange(70_000, 70_016), ids).all()
+    assert not np.isin(np.arange(70_016, 70_032), ids).any()
 
 
 def test_heavier_tokens_go_before_lighter_ones(store):

@@ -32,6 +32,9 @@ AUTO_TOKENS = 8_192
 """With fewer, `auto` cuts nothing: what they lack is mostly what was not asked yet."""
 WINDOW_TOKENS = 65_536
 """No more of them are read, the newest of a version: that is done at each start."""
+LEAST_PROBABILITY = 0.001
+"""What the target holds for less likely teaches nothing: there is so much of it that it would drive out what is
+frequent. (It helps where the lowest ids are of little use, as in Chinese, and hurts where they are not.)"""
 AUTO_SIZES = (16_384, 32_768, 49_152, 65_536)
 """What `auto` tries, smallest first."""
 MOST_MISSED = 0.01
@@ -177,9 +180,10 @@ def _taught(records: Sequence[RequestRecord], usable: int, *, from_text: bool) -
     for index, record in enumerate(records):
         fold = index * FOLDS // len(records)
         tokens, ids = record.answer_tokens, record.traces.top_ids
-        known = (ids >= 0) & (ids < usable)
+        probs = np.exp(record.traces.top_logprobs)
+        known = (ids >= 0) & (ids < usable) & (probs >= LEAST_PROBABILITY)
         np.add.at(weights[fold], tokens[tokens < usable], 1.0)
-        np.add.at(weights[fold], ids[known], np.exp(record.traces.top_logprobs[known]))
+        np.add.at(weights[fold], ids[known], probs[known])
         needed = _first_of_each(record) if from_text else tuple(tokens.tolist())
         answers.append(Answer(fold, record.domain, len(tokens), needed))
     return Taught(weights, answers)
