@@ -34,7 +34,7 @@ WINDOW_TOKENS = 65_536
 """No more of them are read, the newest of a version: that is done at each start."""
 LEAST_PROBABILITY = 0.001
 """What the target holds for less likely teaches nothing: there is so much of it that it would drive out what
-is frequent. (It helps where the lowest ids are of little use, as in Chinese, and hurts where they are not.)"""
+is frequent. (It helps where the lowest ids are of little use, as in Chinese, and hurts where they are.)"""
 AUTO_SIZES = (16_384, 32_768, 49_152, 65_536)
 """What `auto` tries, smallest first."""
 MOST_MISSED = 0.01
