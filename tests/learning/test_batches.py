@@ -33,6 +33,12 @@ def is_replay(one: int) -> bool:
     return one >= 1000
 
 
+def ratio_of(failures: int, replay: int, shape) -> Fraction:
+    """The share of replay: as asked for, or all of it once an epoch."""
+    asked = Fraction(shape["replay_ratio"]).limit_denominator(10**6)
+    return min(asked, Fraction(replay, replay + failures))
+
+
 def plan(failures: int, replay: int, **shape):
     return plan_batches(list(range(failures)), list(range(1000, 1000 + replay)), **shape)
 
@@ -53,7 +59,7 @@ def test_every_epoch_has_an_order_of_its_own():
 
 @given(COUNTS, COUNTS, SHAPES)
 def test_every_step_holds_the_ratio_to_one_example(failures, replay, shape):
-    ratio = Fraction(shape["replay_ratio"]).limit_denominator(10**6)
+    ratio = ratio_of(failures, replay, shape)
     for step in plan(failures, replay, **shape):
         share = ratio * len(ids_of(step))
         count = sum(is_replay(one) for one in ids_of(step))
@@ -64,7 +70,17 @@ def test_every_step_holds_the_ratio_to_one_example(failures, replay, shape):
 def test_the_run_holds_the_ratio(failures, replay, shape):
     ids = [one for step in plan(failures, replay, **shape) for one in ids_of(step)]
     count = sum(is_replay(one) for one in ids)
-    assert abs(count - shape["replay_ratio"] * len(ids)) <= 0.5 + 1e-3
+    assert abs(count - ratio_of(failures, replay, shape) * len(ids)) <= 0.5
+
+
+@given(COUNTS, COUNTS, SHAPES, st.floats(0.9, 1, exclude_max=True))
+def test_no_epoch_reads_more_replay_than_there_is(failures, replay, shape, ratio):
+    assume(Fraction(ratio).limit_denominator(10**6) < 1)
+    shape = {**shape, "replay_ratio": ratio}
+    ids = [one for step in plan(failures, replay, **shape) for one in ids_of(step)]
+    assert len(ids) <= shape["num_epochs"] * (failures + replay)
+    read = Counter(one for one in ids if is_replay(one))
+    assert max(read.values(), default=0) <= shape["num_epochs"]
 
 
 @given(COUNTS, COUNTS, SHAPES)

@@ -36,8 +36,10 @@ def plan_batches(
 
     Each epoch reads every failure once, in an order of its own. Between them, replay is spread as evenly
     as whole examples allow (error diffusion, as a line is drawn on a grid): any n examples in a row, so
-    every step too, hold floor or ceil of replay_ratio · n of it, and the run holds the ratio within half an
-    example. Replay repeats only after all of it was read. The plan ends with the last failure, so the last
+    every step too, hold floor or ceil of ratio · n of it, and the run holds the ratio within half an example.
+    The ratio is replay_ratio, but less where an epoch would read more replay than there is: no request that
+    went well is read more often than a failure, and a ratio near 1 plans no more than all that is stored in
+    each epoch. Replay repeats only after all of it was read. The plan ends with the last failure, so the last
     step may be short. The failures' order does not depend on the replay.
 
     Args:
@@ -60,7 +62,8 @@ def plan_batches(
         raise ValueError(f"replay_ratio {replay_ratio} must be at least 0 and below 1")
     lessons = islice(_shuffled(failures, seed, _FAILURES), num_epochs * len(failures))
     others = _shuffled(replay, seed, _REPLAY)
-    examples = _interleave(lessons, others, ratio if replay else Fraction(0))
+    stored = Fraction(len(replay), max(1, len(replay) + len(failures)))
+    examples = _interleave(lessons, others, min(ratio, stored))
     steps: list[Step] = []
     while step := tuple(_microbatches(examples, batch_size, accumulation_steps)):
         steps.append(step)
