@@ -1,14 +1,18 @@
 """The rule of `backends/numpy/acceptance.py` in MLX operations: nothing here leaves the device.
 
-Contract: pure functions of lazy arrays, float32; `R` rows, `V` vocabulary entries, `K` draft tokens. Only
-operations that the Metal, CUDA and CPU builds all have. Must not know models or caches.
+Contract: pure functions of lazy arrays, float32; `R` rows, `V` vocabulary entries, `K` draft tokens. What
+decides which operations there are is told apart from the numbers in them, so that `mx.compile` takes any of
+these functions and one trace serves every temperature. Only operations that the Metal, CUDA and CPU builds
+all have. Must not know models or caches.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from draftloop.types import TRACE_TOP_TOKENS
 
@@ -38,38 +42,77 @@ class TopTokens(NamedTuple):
     tail_mass: mx.array
 
 
-def mask(logits: mx.array, masked_ids: Sequence[int], masked_rows: int) -> mx.array:
-    """Logits [R, V] in float32, without `masked_ids` in the first `masked_rows` rows."""
-    scores = logits.astype(mx.float32)
-    ids = [token for token in masked_ids if token < scores.shape[1]]
-    if not ids or masked_rows <= 0:
-        return scores
-    barred = mx.zeros(scores.shape[1], mx.bool_)
-    barred[mx.array(ids)] = True
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Which steps a warping has."""
+
+    greedy: bool
+    top_k: bool
+    top_p: bool
+    min_p: bool
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> Stages:
+        """Those that are switched on."""
+        if sampling.greedy:
+            return cls(greedy=True, top_k=False, top_p=False, min_p=False)
+        return cls(greedy=False, top_k=sampling.top_k > 0, top_p=sampling.top_p < 1, min_p=sampling.min_p > 0)
+
+
+def numbers_of(sampling: Sampling) -> mx.array:
+    """Temperature, top-k, top-p and min-p, [4] float32; k is exact below 2^24."""
+    numbers = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    return mx.array(np.array(numbers, np.float32))
+
+
+def barred_tokens(masked_ids: Sequence[int], width: int) -> mx.array | None:
+    """[V] of bool, true at the ids; None where none of them lies within V."""
+    ids = [token for token in masked_ids if token < width]
+    if not ids:
+        return None
+    barred = np.zeros(width, np.bool_)
+    barred[ids] = True
+    return mx.array(barred)
+
+
+def bar(scores: mx.array, barred: mx.array, masked_rows: int | mx.array) -> mx.array:
+    """Scores [R, V] without the barred tokens in the first `masked_rows` rows."""
     rows = mx.arange(scores.shape[0]) < masked_rows
     return mx.where(rows[:, None] & barred, -mx.inf, scores)
 
 
-def warp(scores: mx.array, sampling: Sampling) -> mx.array:
-    """Masked logits [R, V] → the distributions [R, V] that tokens are drawn from, as the reference has it."""
+def mask(logits: mx.array, masked_ids: Sequence[int], masked_rows: int) -> mx.array:
+    """Logits [R, V] in float32, without `masked_ids` in the first `masked_rows` rows."""
+    scores = logits.astype(mx.float32)
+    barred = barred_tokens(masked_ids, scores.shape[1]) if masked_rows > 0 else None
+    return scores if barred is None else bar(scores, barred, masked_rows)
+
+
+def warp(scores: mx.array, stages: Stages, numbers: mx.array) -> mx.array:
+    """Masked logits [R, V] → the distributions [R, V] that tokens are drawn from, as the reference has it.
+
+    Args:
+        scores: float32.
+        stages: what is done.
+        numbers: by how much, as `numbers_of` has them.
+    """
     vocabulary = mx.arange(scores.shape[1])
-    if sampling.greedy:
+    if stages.greedy:
         best: mx.array = scores.argmax(axis=-1, keepdims=True)
         return (vocabulary == best).astype(mx.float32)
-    probs = mx.softmax(
-        (scores - scores.max(axis=-1, keepdims=True)) / sampling.temperature, axis=-1, precise=True
-    )
-    if sampling.top_k > 0 or sampling.top_p < 1:
+    temperature, top_k, top_p, min_p = (numbers[index] for index in range(4))
+    probs = mx.softmax((scores - scores.max(axis=-1, keepdims=True)) / temperature, axis=-1, precise=True)
+    if stages.top_k or stages.top_p:
         order = mx.argsort(-scores, axis=-1)
         ranked = mx.take_along_axis(probs, order, axis=-1)
-        if sampling.top_k > 0:
-            ranked = _normalize(mx.where(vocabulary < sampling.top_k, ranked, 0.0))
-        if sampling.top_p < 1:
+        if stages.top_k:
+            ranked = _normalize(mx.where(vocabulary < top_k, ranked, 0.0))
+        if stages.top_p:
             mass_before = ranked.cumsum(axis=-1) - ranked
-            ranked = mx.where(mass_before < sampling.top_p, ranked, 0.0)
+            ranked = mx.where(mass_before < top_p, ranked, 0.0)
         probs = mx.put_along_axis(mx.zeros_like(probs), order, ranked, axis=-1)
-    if sampling.min_p > 0:
-        probs = mx.where(probs < sampling.min_p * probs.max(axis=-1, keepdims=True), 0.0, probs)
+    if stages.min_p:
+        probs = mx.where(probs < min_p * probs.max(axis=-1, keepdims=True), 0.0, probs)
     return _normalize(probs)
 
 

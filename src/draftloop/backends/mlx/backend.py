@@ -6,6 +6,7 @@ Contract: opens a device and loads folders. Sets no process-wide state (default 
 from __future__ import annotations
 
 import os
+import shutil
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from draftloop.backends.training import TrainerSettings
     from draftloop.backends.vocabulary import CutVocabulary
 
+SWITCH = "DRAFTLOOP_MLX_COMPILE"
+"""Environment: 0 builds every step's graph anew, to compare."""
+
 
 class MlxBackend:
     """MLX on one device.
@@ -44,6 +48,9 @@ class MlxBackend:
         if device == "gpu" and not has_gpu:
             raise BackendUnavailable("MLX finds no GPU here", remedy="Choose device auto or cpu.")
         self._device = mx.Device(mx.gpu if has_gpu and device != "cpu" else mx.cpu)
+        # On a processor MLX compiles what it has fused by the machine's own compiler, if there is one.
+        can_compile = self._device == mx.Device(mx.gpu) or shutil.which("g++") is not None
+        self._compiled = can_compile and os.environ.get(SWITCH) != "0"
 
     def capabilities(self) -> Capabilities:
         """What it can do here."""
@@ -56,7 +63,7 @@ class MlxBackend:
         return Capabilities(
             backend="mlx",
             version=version("mlx"),
-            device=name,
+            device=f"{name}, compiled steps" if self._compiled else name,
             dtypes=("float32", "float16", "bfloat16"),
             quantized_bits=(4,),
             device_memory_bytes=memory_bytes,
@@ -79,7 +86,14 @@ class MlxBackend:
             vocabulary.check_fits(architecture.vocab_size)
         with mx.stream(self._device):
             network = _load_network(folder, architecture)
-        return MlxModel(architecture, network, self._device, max_kv_cache_tokens, vocabulary)
+        return MlxModel(
+            architecture,
+            network,
+            self._device,
+            max_kv_cache_tokens,
+            vocabulary,
+            compiled=self._compiled,
+        )
 
     def new_trainer(self, folder: Path, lora: Lora, settings: TrainerSettings) -> MlxTrainer:
         """A trainer with a network of its own, so that a draft loaded from the same folder is untouched.

@@ -1,7 +1,8 @@
 """`MlxModel`: one mlx-lm model behind the seam of `backends/base.py`.
 
-Contract: `propose` builds a lazy graph and brings nothing to the host; `verify` brings one array. Every
-sequence is computed alone, so a batch is a loop. Must not know how a model is found or loaded.
+Contract: `propose` builds a lazy graph and brings nothing to the host; `verify` brings one array, which is
+the round's one wait for the device. Every sequence is computed alone, so a batch is a loop. Must not know how
+a model is found or loaded.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
 from draftloop.backends.base import Proposal
-from draftloop.backends.mlx.acceptance import accept, draw, mask, top_tokens, warp
 from draftloop.backends.mlx.adapter import Adapters
+from draftloop.backends.mlx.cache import MlxCache
 from draftloop.backends.mlx.head import CutHead
 from draftloop.backends.mlx.memory import memory_errors
 from draftloop.backends.mlx.replay import replay
+from draftloop.backends.mlx.steps import Steps, ids
 from draftloop.types import TRACE_TOP_TOKENS, Trace, Verdict
 
 if TYPE_CHECKING:
@@ -35,72 +37,6 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 
-class MlxCache:
-    """mlx-lm's KV cache of one sequence, one entry a layer; it grows by 256 tokens at a time."""
-
-    def __init__(self, layers: list[Any], max_tokens: int) -> None:
-        self.layers = layers
-        self._max_tokens = max_tokens
-
-    @property
-    def position(self) -> int:
-        """How many tokens the cache holds."""
-        return int(self.layers[0].offset)
-
-    @property
-    def max_tokens(self) -> int:
-        """How many tokens it can hold."""
-        return self._max_tokens
-
-    def trim(self, n: int) -> None:
-        """Forget the last `n` tokens.
-
-        Raises:
-            ValueError: `n` is negative or more than there are.
-        """
-        if not 0 <= n <= self.position:
-            raise ValueError(f"cannot trim {n} of {self.position} tokens")
-        trim_prompt_cache(self.layers, n)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """What one token takes; 0 in a cache that was never written, whose dtype is not known yet."""
-        arrays = [
-            array for layer in self.layers if layer.keys is not None for array in (layer.keys, layer.values)
-        ]
-        return sum(array.nbytes // array.shape[2] for array in arrays)
-
-    def copy(self, n: int) -> list[tuple[mx.array, mx.array]]:
-        """The first `n` tokens of each layer, keys and values [1, G, n, W]; see `Cache`."""
-        if not 1 <= n <= self.position:
-            raise ValueError(f"cannot copy {n} of {self.position} tokens")
-        # A slice alone would keep the whole array alive.
-        copied = [
-            (mx.contiguous(layer.keys[..., :n, :]), mx.contiguous(layer.values[..., :n, :]))
-            for layer in self.layers
-        ]
-        mx.eval(copied)
-        return copied
-
-    def paste(self, copied: list[tuple[mx.array, mx.array]], n: int) -> None:
-        """Begin anew with the first `n` tokens of a copy; see `Cache`."""
-        held = copied[0][0].shape[2]
-        if not 1 <= n <= held:
-            raise ValueError(f"the copy has {held} tokens, not {n}")
-        # mlx-lm writes into its arrays; a slice is another array, so the copy stays as it is.
-        for layer, (keys, values) in zip(self.layers, copied, strict=True):
-            layer.keys, layer.values, layer.offset = keys[..., :n, :], values[..., :n, :], n
-
-    def check_room(self, n: int) -> None:
-        """Refuse `n` more tokens where they exceed `max_tokens`.
-
-        Raises:
-            ValueError: with the numbers.
-        """
-        if self.position + n > self._max_tokens:
-            raise ValueError(f"the cache holds {self.position} of {self._max_tokens} tokens; {n} do not fit")
-
-
 class MlxModel:
     """One loaded model.
 
@@ -110,6 +46,7 @@ class MlxModel:
         device: where to run.
         max_kv_cache_tokens: cap of each cache.
         vocabulary: what the head is cut to; None leaves it whole.
+        compiled: whether the steps of a round are traced once and reused.
     """
 
     def __init__(
@@ -119,6 +56,8 @@ class MlxModel:
         device: mx.Device,
         max_kv_cache_tokens: int,
         vocabulary: CutVocabulary | None = None,
+        *,
+        compiled: bool,
     ) -> None:
         self._architecture = architecture
         self._network = network
@@ -129,6 +68,7 @@ class MlxModel:
         if vocabulary is not None:
             with self._running("cutting the draft's head"):
                 self._cut = CutHead(network, architecture, vocabulary)
+        self._steps = Steps(architecture, network, self._cut, compiled=compiled)
 
     @property
     def architecture(self) -> Architecture:
@@ -153,7 +93,7 @@ class MlxModel:
         """Append tokens to each job's cache. The output head is never computed: nobody asks for it."""
         with self._running("answering"):
             for job in batch:
-                self._forward(job.cache, _ids(job.tokens))
+                self._steps.read(cast("MlxCache", job.cache), ids(job.tokens))
             mx.eval([layer.state for job in batch for layer in cast("MlxCache", job.cache).layers])
 
     def propose(self, batch: Sequence[ProposeJob]) -> list[Proposal]:
@@ -164,11 +104,11 @@ class MlxModel:
     def verify(self, batch: Sequence[VerifyJob]) -> list[Verdict]:
         """Test each job's proposal; one evaluation and one transfer for the whole batch."""
         with self._running("answering"):
-            parts = [self._decide(job) for job in batch]
-            packed = np.array(mx.concatenate([array for part in parts for array in part]))
+            decided = [self._steps.verify(cast("MlxCache", job.cache), job) for job in batch]
+            packed = np.array(mx.concatenate(decided))
         verdicts = []
-        for job, part in zip(batch, parts, strict=True):
-            sizes = [array.size for array in part]
+        for job in batch:
+            sizes = self._verdict_sizes(job)
             mine, packed = packed[: sum(sizes)], packed[sum(sizes) :]
             verdicts.append(_verdict(np.split(mine, np.cumsum(sizes)[:-1]), job.proposal.num_tokens))
         return verdicts
@@ -176,7 +116,8 @@ class MlxModel:
     def logits(self, cache: Cache, tokens: Sequence[int]) -> Floats:
         """Append tokens [T] and return their logits [T, V]."""
         with self._running("answering"):
-            return np.array(self._spread(self._forward(cache, _ids(tokens)), -mx.inf).astype(mx.float32))
+            logits = self._steps.logits(cast("MlxCache", cache), ids(tokens))
+            return np.array(logits.astype(mx.float32))
 
     @property
     def adapter_forms(self) -> tuple[AdapterForm, ...]:
@@ -187,6 +128,7 @@ class MlxModel:
         """Deploy an adapter, or take it away; see `Adapters.wear` for what it raises."""
         with self._running("deploying an adapter"):
             self._adapters.wear(lora, form)
+            self._steps.forget()
 
     def replay(self, batch: Sequence[Example]) -> list[Floats]:
         """Alpha at each response row of each example, [R]."""
@@ -199,72 +141,28 @@ class MlxModel:
         with memory_errors(what, remedy), mx.stream(self._device):
             yield
 
-    def _forward(self, cache: Cache, tokens: mx.array) -> mx.array:
-        """Append tokens [T] int32 to a cache: the head's logits [T, V or n], in the model's own dtype.
-
-        An id past the vocabulary (the other model's padding) reads as the last row.
-        """
-        own = cast("MlxCache", cache)
-        own.check_room(tokens.size)
-        inside = mx.minimum(tokens, self._architecture.vocab_size - 1)
-        if self._cut is not None:
-            return self._cut.logits(self._network.model(inside[None], cache=own.layers)[0])
-        logits: mx.array = self._network(inside[None], cache=own.layers)[0]
-        return logits
-
-    def _spread(self, rows: mx.array, elsewhere: float) -> mx.array:
-        """Columns of a cut head -> columns that are token ids; of a whole one as they are."""
-        return rows if self._cut is None else self._cut.spread(rows, elsewhere)
-
     def _propose(self, job: ProposeJob) -> Proposal:
-        cut, uniforms = self._cut, mx.array(job.uniforms)
-        rules = job.rules if cut is None else cut.vocabulary.rules(job.rules)
-        coming = _ids(job.unread)
+        cache, uniforms = cast("MlxCache", job.cache), mx.array(job.uniforms)
+        coming = ids(job.unread)
         tokens, rows = [], []
         for i in range(job.num_draft_tokens):
-            logits = self._forward(job.cache, coming)[-1:]
-            scores = mask(logits, rules.masked_ids, rules.masked_rows - i)
-            if rules.sampling.greedy:
-                token = scores[0].argmax()
-            else:
-                rows.append(warp(scores, rules.sampling))
-                token = draw(rows[-1][0], uniforms[i])
-            coming = (token if cut is None else cut.token_ids(token)).astype(mx.int32)[None]
-            # The device starts on this step while the host builds the next one.
+            coming, distribution = self._steps.draft(cache, coming, job.rules, i, uniforms[i])
+            # The device starts on this step while the host builds the next one, and then the verification.
             mx.async_eval(coming)  # type: ignore[no-untyped-call]
             tokens.append(coming)
-        q = self._spread(mx.concatenate(rows), 0.0) if rows else None
+            rows += [] if distribution is None else [distribution]
+        q = mx.concatenate(rows) if rows else None
         return Proposal(tokens=mx.concatenate(tokens), q=q, num_tokens=job.num_draft_tokens)
 
-    def _decide(self, job: VerifyJob) -> list[mx.array]:
-        """One job's verdict as flat float32 arrays, lazy; `_verdict` reads them in the same order.
-
-        Ids travel as float32 too, which is exact below 2^24.
-        """
-        rules, proposal = job.rules, job.proposal
-        tokens = proposal.tokens
-        if not isinstance(tokens, mx.array):
-            tokens = _ids(tokens)
-        logits = self._spread(self._forward(job.cache, mx.concatenate([_ids([job.last]), tokens])), -mx.inf)
-        p = warp(mask(logits, rules.masked_ids, rules.masked_rows), rules.sampling)
-        decision = accept(p, proposal.q, tokens, mx.array(job.accept_uniforms), mx.array(job.extra_uniforms))
-        part = [
-            decision.accepted_tokens,
-            decision.extra_token,
-            tokens,
-            decision.alphas,
-            decision.draft_probs,
-            *(top_tokens(logits) if job.trace else ()),
-        ]
-        return [array.astype(mx.float32).reshape(-1) for array in part]
-
-
-def _ids(tokens: Sequence[int]) -> mx.array:
-    return mx.array(np.asarray(tokens, np.int32))
+    def _verdict_sizes(self, job: VerifyJob) -> list[int]:
+        """How long each part of a packed verdict is: `Steps.verify` packs them in this order."""
+        k = job.proposal.num_tokens
+        rows, columns = k + 1, min(TRACE_TOP_TOKENS, self._architecture.vocab_size)
+        return [1, 1, k, k, k, *((rows * columns, rows * columns, rows) if job.trace else ())]
 
 
 def _verdict(part: Sequence[Floats], k: int) -> Verdict:
-    """Read what `_decide` packed, on the host."""
+    """Read what `Steps.verify` packed, on the host."""
     accepted, extra, drafted, alphas, draft_probs, *top = part
     tokens = tuple(int(token) for token in drafted)
     kept = int(accepted[0])
