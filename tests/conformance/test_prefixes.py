@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from draftloop.backends.base import PrefillJob
 from draftloop.engine import Completion, Engine, PromptProgress, Request, RoundDone
+from draftloop.errors import OutOfMemory
 from draftloop.models.tokenizer import Tokenizer
 from draftloop.speculation.prefixes import PrefixCache
 from draftloop.speculation.stream import Conversation, common_prefix
@@ -132,6 +133,36 @@ def test_a_copy_is_of_its_own(backend: Backend, load_toy: Callable[..., Model]) 
             cache.paste(copied, wrong)
         with pytest.raises(ValueError, match="cannot copy"):
             expected.copy(wrong)
+
+
+@pytest.mark.parametrize("work", ["copy", "paste"])
+@pytest.mark.parametrize("model", ["target", "draft"])
+def test_where_memory_runs_out_answers_go_on_and_nothing_is_kept(
+    toys: Toys, monkeypatch: pytest.MonkeyPatch, work: str, model: str
+) -> None:
+    engine = toys.engine(ROOM)
+    plain = ask(toys.engine(None), PROMPTS[1], 0.0)
+    ask(engine, PROMPTS[0], 0.0)
+    conversation = engine.open_conversation()
+    full = conversation.target_cache if model == "target" else conversation.draft_cache
+    real = getattr(type(full), work)
+
+    def fails(cache: Any, *args: Any) -> Any:
+        result = real(cache, *args)
+        if cache is full:
+            raise OutOfMemory("memory ran out while keeping a text's beginning", remedy="None.")
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(full), work, fails)
+        answer = ask(engine, PROMPTS[1], 0.0, conversation)
+    assert answer.token_ids == plain.token_ids
+    assert answer.cached_tokens == (0 if work == "paste" else len(SYSTEM))
+    kept = PROMPTS[1] if work == "paste" else []
+    again = ask(engine, PROMPTS[1], 0.0)
+    assert again.token_ids == plain.token_ids
+    assert again.cached_tokens == max(0, len(kept) - 1)
+    assert ask(engine, PROMPTS[1], 0.0).cached_tokens == len(PROMPTS[1]) - 1
 
 
 def test_bytes_per_token_are_what_the_architecture_says(

@@ -52,7 +52,7 @@ class Cache(Protocol):
 
     def copy(self, n: int) -> Any:
         """The first `n` tokens' keys and values, n · bytes_per_token on the device; 1 <= n <= position,
-        else ValueError.
+        else ValueError. OutOfMemory where there is no room for them.
         """
         ...
 
@@ -60,6 +60,7 @@ class Cache(Protocol):
         """Hold the first `n` tokens of what `copy` gave, and nothing else. The copy stays as it is.
 
         The copy is of a cache of the same model and has at least `n` tokens, n >= 1, else ValueError.
+        OutOfMemory leaves the cache in no certain state, to be trimmed to nothing.
         """
         ...
 

@@ -2,16 +2,19 @@
 
 Contract: what is kept are copies of exactly the tokens read, never a cache as allocated, and all of them
 together stay below a bound; the least recently used go first. What a draft computed under another adapter is
-not used. Must not know requests or how a backend lays out its cache.
+not used. Nobody's answer fails for want of memory here: all that is kept is then given up. Must not know
+requests or how a backend lays out its cache.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from draftloop.errors import OutOfMemory
 from draftloop.speculation.stream import common_prefix
 
 if TYPE_CHECKING:
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from draftloop.speculation.stream import Conversation
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,15 +76,14 @@ class PrefixCache:
         index = len(shared) - 1 - shared[::-1].index(longest)
         kept = self._kept.pop(index)
         self._kept.append(kept)
+        try:
+            _paste(kept, longest, conversation)
+        except OutOfMemory as error:
+            # A cache may have been overwritten by half: the prompt is read from its beginning.
+            conversation.settle(0)
+            self._give_up(error)
+            return
         conversation.tokens = list(prompt)
-        conversation.target_cache.paste(kept.target, longest)
-        if conversation.draft_cache is not None:
-            same_draft = kept.adapter == conversation.adapter
-            known = min(kept.draft_tokens, longest) if same_draft else 0
-            if known:
-                conversation.draft_cache.paste(kept.draft, known)
-            else:
-                conversation.forget_draft(conversation.adapter)
 
     def keep(self, conversation: Conversation) -> None:
         """Copy what a conversation's caches hold. It may go on afterwards, or be dropped."""
@@ -98,17 +102,28 @@ class PrefixCache:
         self._kept = [kept for kept in self._kept if common_prefix(kept.tokens, tokens) < len(kept.tokens)]
         while self.num_bytes + num_bytes > self.max_bytes:
             del self._kept[0]
+        try:
+            target_copy = target.copy(target_tokens)
+            draft_copy = draft.copy(draft_tokens) if draft and draft_tokens else None
+        except OutOfMemory as error:
+            self._give_up(error)
+            return
         self._kept.append(
             _Kept(
                 tokens=tokens,
-                target=target.copy(target_tokens),
+                target=target_copy,
                 target_tokens=target_tokens,
-                draft=draft.copy(draft_tokens) if draft and draft_tokens else None,
+                draft=draft_copy,
                 draft_tokens=draft_tokens,
                 adapter=conversation.adapter,
                 num_bytes=num_bytes,
             )
         )
+
+    def _give_up(self, error: OutOfMemory) -> None:
+        """Answers need the memory more."""
+        logger.warning("%s; what was kept of %d past texts is dropped", error.what, len(self._kept))
+        self._kept.clear()
 
     def _covered(self, tokens: NDArray[np.int32], draft_tokens: int, adapter: str | None) -> bool:
         """Whether a kept text says as much already; it is then the most recently used one."""
@@ -118,3 +133,15 @@ class PrefixCache:
                 self._kept.append(self._kept.pop(index))
                 return True
         return False
+
+
+def _paste(kept: _Kept, num_tokens: int, conversation: Conversation) -> None:
+    """Overwrite a conversation's caches by the first `num_tokens` of what is kept."""
+    conversation.target_cache.paste(kept.target, num_tokens)
+    if conversation.draft_cache is None:
+        return
+    known = min(kept.draft_tokens, num_tokens) if kept.adapter == conversation.adapter else 0
+    if known:
+        conversation.draft_cache.paste(kept.draft, known)
+    else:
+        conversation.forget_draft(conversation.adapter)

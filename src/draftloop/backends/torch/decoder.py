@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from draftloop.backends.architecture import rope_inverse_frequencies
+from draftloop.backends.torch.memory import memory_errors
 from draftloop.backends.torch.operations import Span, operations_for
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class TorchCache:
         """The first `n` tokens, [L, 2, G, n, E]; see `Cache`."""
         if not 1 <= n <= self._position:
             raise ValueError(f"cannot copy {n} of {self._position} tokens")
-        return self.values[:, :, :, :n].clone(memory_format=torch.contiguous_format)
+        with memory_errors("keeping a text's beginning", "Lower memory.prefix_cache_megabytes."):
+            return self.values[:, :, :, :n].clone(memory_format=torch.contiguous_format)
 
     def paste(self, copied: torch.Tensor, n: int) -> None:
         """Begin anew with the first `n` tokens of a copy; see `Cache`."""
