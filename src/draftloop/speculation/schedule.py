@@ -16,7 +16,7 @@ from draftloop.speculation.costs import LiveCosts, Prices, RoundCosts
 from draftloop.speculation.expectation import PositionAcceptance
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 PROBE_SHARE = 0.03
 """Of the time of rounds without drafts, so much may be lost to probes."""
@@ -203,13 +203,19 @@ class Schedule:
             num_draft_tokens: the most that the draft model drafts in a round; 0 where only others draft.
             repeatable: choose by the calibration and by this answer's own rounds alone, so that the same
                 seed gives the same text again: sampled tokens depend on where the rounds end. The first
-                answer of a schedule is chosen for in the same way.
+                answer of a schedule that recalls nothing is chosen for in the same way.
         """
         since = Schedule(self.costs.calibrated) if repeatable else self
         since.probes.abandon()
         own = since.acceptance.for_stream()
         fresh = repeatable or not self.answered
         return AdaptivePace(self, num_draft_tokens, since.costs.now(), own, since.probes, fresh=fresh)
+
+    def recall(self, rounds: Iterable[Sequence[float]]) -> None:
+        """Begin with what was accepted in another process, by rounds: alphas of the tested positions."""
+        for alphas in rounds:
+            self.acceptance.observe(alphas)
+            self.answered = True
 
     def draft_changed(self) -> None:
         """The draft wears another adapter: it may be worth asking now."""
