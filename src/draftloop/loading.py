@@ -23,19 +23,21 @@ from draftloop.engine import Engine
 from draftloop.errors import ConfigError, DraftloopError, ModelUnreadable, StorageError
 from draftloop.learning.circle import School
 from draftloop.learning.deployment import ActiveAdapter, load_deployed
+from draftloop.learning.recent import recent_rounds
 from draftloop.learning.recorder import Recorder
 from draftloop.learning.vocabulary import Wanted, choose_vocabulary
 from draftloop.models.folder import heads_digest
 from draftloop.models.memory import MEGABYTE, MemoryPlan, plan_memory, suffix_tokens
 from draftloop.models.resolve import locate, resolve
 from draftloop.models.tokenizer import Tokenizer, check_tokenizers_agree
-from draftloop.speculation.calibration import calibrated_costs, known_costs
+from draftloop.speculation.calibration import ServedRounds, calibrated_costs, known_costs
 from draftloop.speculation.prefixes import PrefixCache
 from draftloop.speculation.schedule import Schedule
 from draftloop.speculation.stream import Pair
 from draftloop.speculation.suffix import BYTES_PER_TOKEN, SuffixIndex
 from draftloop.storage.records import PairKey
 from draftloop.storage.store import open_store
+from draftloop.types import Sampling
 
 if TYPE_CHECKING:
     from draftloop.backends.base import Backend
@@ -102,6 +104,17 @@ def prepare(config: Config, progress: Progress | None = None, *, with_draft: boo
     return Prepared(target_folder, target, draft_folder, draft, tokenizer, backend, plan)
 
 
+def sampling_of(config: Config) -> Sampling:
+    """How logits become a distribution, from the settings."""
+    speculative = config.speculative
+    return Sampling(
+        temperature=speculative.temperature,
+        top_p=speculative.top_p,
+        top_k=speculative.top_k,
+        min_p=speculative.min_p,
+    )
+
+
 def pair_of(config: Config) -> PairKey:
     """The pair's key in the store."""
     return PairKey(config.models.target.name, config.models.draft.name)
@@ -164,6 +177,7 @@ def load_prepared(
     if store is not None and config.storage.collect:
         name = None if vocabulary is None else vocabulary.name
         recorder = Recorder(store, pair, config.adaptation.revert_after_requests, name)
+    schedule = _schedule(config, prepared, models, vocabulary)
     engine = Engine(
         backend,
         models,
@@ -172,12 +186,14 @@ def load_prepared(
         recorder=recorder,
         active_adapter=ActiveAdapter(store, directory, pair) if store and adapter == ACTIVE else None,
         prefixes=PrefixCache(MEGABYTE * config.memory.prefix_cache_megabytes),
-        schedule=_schedule(config, prepared, models, vocabulary),
+        schedule=schedule,
         suffixes=_suffixes(config, store if recorder else None),
     )
     if store is not None and adapter not in (ACTIVE, NONE):
         engine.wear(load_deployed(store, directory, adapter))
     engine.follow_adapter()
+    if store is not None and schedule is not None:
+        schedule.recall(recent_rounds(store, pair, engine.adapter))
     return engine
 
 
@@ -250,25 +266,24 @@ def _calibrated_before(
         return None
     if target_folder is None:
         return None
-    facts = _calibration_facts(prepared.backend, target_folder, prepared.folder, vocabulary)
-    return known_costs(config.speculative.num_draft_tokens, facts, suffix_tokens(config))
+    facts = calibration_facts(prepared.backend, target_folder, prepared.folder, vocabulary)
+    return known_costs(served_rounds(config), facts)
 
 
-def _schedule(
-    config: Config, prepared: Prepared, models: Pair, vocabulary: CutVocabulary | None
-) -> Schedule | None:
-    """What chooses K, calibrated with the bare draft; None where K is constant."""
-    if prepared.draft_folder is None or config.speculative.schedule == "fixed":
+def costs_known(config: Config, prepared: Prepared, store: Store | None) -> RoundCosts | None:
+    """What rounds of this pair cost here, as measured before; None where they were not, or need not be."""
+    if prepared.draft_folder is None or prepared.draft is None or config.speculative.schedule == "fixed":
         return None
-    facts = _calibration_facts(prepared.backend, prepared.target_folder, prepared.draft_folder, vocabulary)
-    k, matched = config.speculative.num_draft_tokens, suffix_tokens(config)
-    return Schedule(calibrated_costs(models, k, facts, suffix_tokens=matched))
+    backend, draft = prepared.backend, prepared.draft
+    vocabulary = _vocabulary(config, backend, prepared.tokenizer, draft, store)
+    facts = calibration_facts(backend, prepared.target_folder, prepared.draft_folder, vocabulary)
+    return known_costs(served_rounds(config), facts)
 
 
-def _calibration_facts(
+def calibration_facts(
     backend: Backend, target_folder: Path, draft_folder: Path, vocabulary: CutVocabulary | None
 ) -> dict[str, str]:
-    """All that the costs of rounds depend on."""
+    """All that the costs of rounds depend on, beside the rounds."""
     capabilities = backend.capabilities()
     return {
         "machine": f"{platform.node()} {platform.machine()} {os.cpu_count()}",
@@ -280,6 +295,27 @@ def _calibration_facts(
         # Costs depend on how many rows the head has, not on which.
         "draft_vocabulary": "full" if vocabulary is None else str(len(vocabulary.ids)),
     }
+
+
+def served_rounds(config: Config) -> ServedRounds:
+    """What the schedule prices: requests as the settings have them."""
+    return ServedRounds(
+        num_draft_tokens=config.speculative.num_draft_tokens,
+        num_suffix_tokens=suffix_tokens(config),
+        sampling=sampling_of(config),
+        trace=config.storage.collect,
+    )
+
+
+def _schedule(
+    config: Config, prepared: Prepared, models: Pair, vocabulary: CutVocabulary | None
+) -> Schedule | None:
+    """What chooses K, calibrated with the bare draft; None where K is constant."""
+    if prepared.draft_folder is None or config.speculative.schedule == "fixed":
+        return None
+    folders = prepared.target_folder, prepared.draft_folder
+    facts = calibration_facts(prepared.backend, *folders, vocabulary)
+    return Schedule(calibrated_costs(models, served_rounds(config), facts))
 
 
 def _suffixes(config: Config, store: Store | None) -> SuffixIndex | None:

@@ -164,6 +164,24 @@ def test_doctor_finds_a_usable_pair(draftloop, toys_on_numpy):
         assert f"\n{line}" in table
 
 
+def test_doctor_tells_what_rounds_cost_once_an_answer_has_measured_it(draftloop, toys_on_numpy):
+    adaptive = [*toys_on_numpy, *settings(**{"speculative.schedule": "adaptive"})]
+    assert draftloop(*adaptive, "doctor", "--json").json["pair"]["costs"] is None
+    assert "not measured" in draftloop(*adaptive, "doctor").out
+    draftloop(*adaptive, "generate", "hello", "--max-tokens", "4", "--json")
+    costs = draftloop(*adaptive, "doctor", "--json").json["pair"]["costs"]
+    assert list(costs["target_ms"])[:2] == ["1", "2"]
+    assert all(milliseconds > 0 for milliseconds in costs["target_ms"].values())
+    assert costs["draft_token_ms"] >= 0
+    assert [one["alpha"] for one in costs["best"]] == [0.5, 0.6, 0.7, 0.8, 0.9]
+    assert all(one["speedup"] >= 1 for one in costs["best"])
+    table = draftloop(*adaptive, "doctor").out
+    for word in ("target reads 1", "draft, each token", "fastest at alpha 0.9"):
+        assert word in table
+    fixed = draftloop(*toys_on_numpy, *settings(**{"speculative.schedule": "fixed"}), "doctor")
+    assert "schedule is fixed" in fixed.out
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [

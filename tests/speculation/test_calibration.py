@@ -11,16 +11,22 @@ import pytest
 from draftloop.backends.base import NO_PROPOSAL
 from draftloop.speculation.calibration import (
     BUDGET_S,
+    ServedRounds,
     calibrated_costs,
     calibration_path,
+    known_costs,
     measure_costs,
 )
 from draftloop.speculation.stream import Pair
+from draftloop.speculation.timing import time_proposals
+from draftloop.types import Sampling
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 FACTS = {"machine": "here", "target": "a", "draft": "b"}
+SAMPLED = Sampling(temperature=0.7, top_p=0.9)
+THREE = ServedRounds(3)
 
 
 class Clock:
@@ -56,6 +62,7 @@ class FakeModel:
         self.room = room
         self.clock, self.busy_calls, self.scale = clock, busy_calls, scale
         self.calls = 0
+        self.jobs = []
 
     def new_cache(self) -> FakeCache:
         return FakeCache(self.room)
@@ -66,6 +73,7 @@ class FakeModel:
 
     def verify(self, batch) -> None:
         (job,) = batch
+        self.jobs.append(job)
         width = job.proposal.num_tokens + 1
         job.cache.read(width)
         self._work(0.05 + 0.01 * width)
@@ -74,7 +82,8 @@ class FakeModel:
         (job,) = batch
         job.cache.read(len(job.unread) + job.num_draft_tokens - 1)
         self._work(0.003 + 0.020 * job.num_draft_tokens + 0.002 * (len(job.unread) - 1))
-        return [replace(NO_PROPOSAL, tokens=(0,) * job.num_draft_tokens)]
+        k, greedy = job.num_draft_tokens, job.rules.sampling.greedy
+        return [replace(NO_PROPOSAL, tokens=(0,) * k, q=None if greedy else [[1.0]] * k, num_tokens=k)]
 
     def _work(self, seconds: float) -> None:
         self.calls += 1
@@ -89,37 +98,88 @@ def fakes(**options) -> tuple[Pair, Clock]:
 @pytest.mark.parametrize("cap", [1, 3, 8])
 @pytest.mark.parametrize("busy", [range(0), range(4, 6)], ids=["quiet", "a busy moment"])
 def test_the_costs_are_those_of_the_models(cap, busy):
-    pair, clock = fakes(busy_calls=busy)
-    costs = measure_costs(pair, cap, clock)
+    pair, clock = fakes(busy_calls=busy, scale=0.3)
+    costs = measure_costs(pair, ServedRounds(cap), clock)
     assert [width for width, _ in costs.verify_s] == list(range(1, cap + 2))
     for width, seconds in costs.verify_s:
-        assert seconds == pytest.approx(0.05 + 0.01 * width)
-    assert costs.draft_s == pytest.approx(0.020)
-    assert costs.draft_round_s == pytest.approx(0.003)
-    assert costs.read_s == pytest.approx(0.002)
+        assert seconds == pytest.approx(0.3 * (0.05 + 0.01 * width))
+    assert costs.draft_s == pytest.approx(0.006)
+    assert costs.draft_round_s == pytest.approx(0.0009)
+    assert costs.read_s == pytest.approx(0.0006)
 
 
 @pytest.mark.parametrize("cap", [1, 4])
 @pytest.mark.parametrize("spare", [0, 1, 20])
 def test_the_smallest_caches_that_settings_allow_are_measured(cap, spare):
     pair, clock = fakes(room=cap + 2 + spare)
-    assert measure_costs(pair, cap, clock).read_s == pytest.approx(0.002)
+    assert measure_costs(pair, ServedRounds(cap), clock).read_s == pytest.approx(0.002)
 
 
-def test_slow_models_are_measured_a_few_times_only():
-    pair, clock = fakes(scale=20.0)
-    measure_costs(pair, 3, clock)
-    assert pair.target.calls == 4 * 3
-    quick, other = fakes(scale=0.01)
-    measure_costs(quick, 3, other)
-    assert quick.target.calls > 4 * 3
-    assert other.now_s < BUDGET_S
+@pytest.mark.parametrize("cap", [1, 4, 16, 64])
+@pytest.mark.parametrize("scale", [0.001, 0.1, 1.0, 5.0])
+def test_the_budget_holds_whatever_is_measured(cap, scale):
+    pair, clock = fakes(scale=scale)
+    costs = measure_costs(pair, ServedRounds(cap), clock)
+    # A step that takes longer than expected may end after the budget, but none begins.
+    assert clock.now_s <= BUDGET_S + scale * 0.7
+    assert costs.draft_s == pytest.approx(scale * 0.020)
+    for width in (1, 2, 5, cap + 1):
+        assert costs.verify_at(width) == pytest.approx(scale * (0.05 + 0.01 * width))
+
+
+@pytest.mark.parametrize("cap", [1, 4, 64])
+def test_of_models_beyond_the_budget_two_widths_are_measured_once(cap):
+    pair, clock = fakes(scale=100.0)
+    costs = measure_costs(pair, ServedRounds(cap), clock)
+    assert pair.target.calls == 2
+    assert pair.draft.calls == 1
+    assert costs.verify_at(cap + 1) == pytest.approx(100 * (0.05 + 0.01 * (cap + 1)))
+
+
+def test_quick_models_are_measured_often():
+    pair, clock = fakes(scale=0.01)
+    measure_costs(pair, THREE, clock)
+    assert pair.target.calls >= 4 * 8
+
+
+def test_a_first_step_that_sets_something_up_is_timed_again():
+    pair, clock = fakes(scale=2.0, busy_calls=range(1, 2))
+    assert measure_costs(pair, ServedRounds(1), clock).verify_at(1) == pytest.approx(0.12)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
+@pytest.mark.parametrize("trace", [False, True])
+def test_the_served_path_is_measured(sampling, trace):
+    pair, clock = fakes(scale=0.01)
+    measure_costs(pair, ServedRounds(20, sampling=sampling, trace=trace), clock)
+    for job in pair.target.jobs:
+        assert job.rules.sampling == sampling
+        assert job.trace == trace
+        k = job.proposal.num_tokens
+        drafted = 0 < k <= 8 and not sampling.greedy
+        assert (job.proposal.q is not None) == drafted
+        assert len(job.proposal.tokens) == k == len(job.accept_uniforms)
+        assert not drafted or len(job.proposal.q) == k
+
+
+def test_suffix_matches_are_verified_as_far_as_the_cache_holds_them():
+    pair, clock = fakes(scale=0.01, room=30)
+    costs = measure_costs(pair, ServedRounds(3, num_suffix_tokens=63), clock)
+    assert costs.verify_s[-1][0] == 29
+    pair, clock = fakes(scale=0.01)
+    assert measure_costs(pair, ServedRounds(3, num_suffix_tokens=63), clock).verify_s[-1][0] == 64
+
+
+def test_a_proposal_is_timed_without_its_first_time():
+    draft = FakeModel(clock := Clock(), busy_calls=range(1, 2))
+    assert time_proposals(draft, 4, 3, clock=clock) == pytest.approx([0.083] * 3)
+    assert draft.calls == 4
 
 
 def test_it_leaves_no_room_behind_a_short_cache_unused():
     pair, clock = fakes()
     pair.target.new_cache = pair.draft.new_cache = lambda: FakeCache(max_tokens=40)
-    assert measure_costs(pair, 3, clock).draft_s == pytest.approx(0.020)
+    assert measure_costs(pair, THREE, clock).draft_s == pytest.approx(0.020)
 
 
 class TestTheFile:
@@ -127,25 +187,43 @@ class TestTheFile:
     def _cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("DRAFTLOOP_CACHE", str(tmp_path / "cache"))
 
-    def test_other_matches_are_another_calibration(self):
-        pair, clock = fakes()
-        assert calibrated_costs(pair, 3, FACTS, clock).verify_s[-1][0] == 4
-        assert calibrated_costs(pair, 3, FACTS, clock, suffix_tokens=7).verify_s[-1][0] == 8
-
     def test_the_second_start_measures_nothing(self):
         pair, clock = fakes()
-        first = calibrated_costs(pair, 3, FACTS, clock)
+        first = calibrated_costs(pair, THREE, FACTS, clock)
         calls = pair.target.calls
         assert calls > 0
-        assert calibrated_costs(pair, 3, FACTS, clock) == first
+        assert calibrated_costs(pair, THREE, FACTS, clock) == first
         assert pair.target.calls == calls
+
+    def test_what_was_measured_serves_every_smaller_cap_and_no_larger_one(self):
+        pair, clock = fakes()
+        assert known_costs(ServedRounds(6), FACTS) is None
+        wide = calibrated_costs(pair, ServedRounds(6), FACTS, clock)
+        calls = pair.target.calls
+        for cap in range(1, 7):
+            assert known_costs(ServedRounds(cap), FACTS) == wide
+            assert calibrated_costs(pair, ServedRounds(cap), FACTS, clock) == wide
+        assert pair.target.calls == calls
+        assert known_costs(ServedRounds(7), FACTS) is None
+        assert known_costs(ServedRounds(3, num_suffix_tokens=7), FACTS) is None
+        wider = calibrated_costs(pair, ServedRounds(7), FACTS, clock)
+        assert pair.target.calls > calls
+        assert known_costs(ServedRounds(1), FACTS) == wider
+
+    @pytest.mark.parametrize(
+        "other", [ServedRounds(3, trace=True), ServedRounds(3, sampling=SAMPLED)], ids=["trace", "sampled"]
+    )
+    def test_another_way_of_serving_is_measured(self, other):
+        pair, clock = fakes()
+        calibrated_costs(pair, THREE, FACTS, clock)
+        assert known_costs(other, FACTS) is None
 
     @pytest.mark.parametrize("change", [{"machine": "there"}, {"draft": "c"}])
     def test_other_facts_are_measured(self, change):
         pair, clock = fakes()
-        calibrated_costs(pair, 3, FACTS, clock)
+        calibrated_costs(pair, THREE, FACTS, clock)
         calls = pair.target.calls
-        calibrated_costs(pair, 3, {**FACTS, **change}, clock)
+        calibrated_costs(pair, THREE, {**FACTS, **change}, clock)
         assert pair.target.calls > calls
 
     @pytest.mark.parametrize(
@@ -163,34 +241,26 @@ class TestTheFile:
             lambda text: text.replace('"draft_s": ', '"draft_s": NaN, "x": '),
             lambda text: json.dumps({**json.loads(text), "key": {"machine": "elsewhere"}}),
             lambda text: json.dumps({**json.loads(text), "format": 99}),
+            lambda text: json.dumps({**json.loads(text), "widest": "wide"}),
         ],
     )
     def test_a_damaged_or_foreign_file_is_replaced(self, damage):
         pair, clock = fakes()
-        first = calibrated_costs(pair, 3, FACTS, clock)
-        path = calibration_path({**FACTS, "num_draft_tokens": "3", "suffix_tokens": "0"})
+        first = calibrated_costs(pair, THREE, FACTS, clock)
+        path = calibration_path({**FACTS, **THREE.facts})
         whole = path.read_text()
         path.write_text(damage(whole))
         calls = pair.target.calls
-        again = calibrated_costs(pair, 3, FACTS, clock)
+        again = calibrated_costs(pair, THREE, FACTS, clock)
         assert pair.target.calls > calls
         assert again.draft_s == pytest.approx(first.draft_s)
         assert json.loads(path.read_text())["format"] == json.loads(whole)["format"]
         calls = pair.target.calls
-        calibrated_costs(pair, 3, FACTS, clock)
+        calibrated_costs(pair, THREE, FACTS, clock)
         assert pair.target.calls == calls
 
     def test_where_nothing_can_be_written_it_is_measured_all_the_same(self, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("DRAFTLOOP_CACHE", str(tmp_path / "file" / "cache"))
         pair, clock = fakes()
-        assert calibrated_costs(pair, 3, FACTS, clock).draft_s == pytest.approx(0.020)
-
-
-def test_widths_of_suffix_matches_are_measured_as_far_as_the_cache_holds() -> None:
-    clock = Clock()
-    for room, widest in ((512, 21), (12, 11)):
-        pair = Pair(FakeModel(clock, room=room), FakeModel(clock))  # type: ignore[arg-type]
-        costs = measure_costs(pair, 3, clock, suffix_tokens=20)
-        assert costs.verify_s[-1] == (widest, pytest.approx(0.05 + 0.01 * widest))
-        assert {1, 2, 3, 4} <= {width for width, _ in costs.verify_s}
+        assert calibrated_costs(pair, THREE, FACTS, clock).draft_s == pytest.approx(0.020)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from draftloop.cli.console import new_table, out_console, write
 from draftloop.cli.examine import machine_facts, version_facts
 from draftloop.cli.figures import rounded, setup_figures, shown
-from draftloop.cli.options import sampling_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,6 +52,8 @@ class Told:
 
 def benchmark_figures(told: Told) -> dict[str, Any]:
     """The JSON object (design §7)."""
+    from draftloop.loading import sampling_of
+
     modes: dict[str, dict[str, Any]] = _summary_figures(told.whole)["modes"]
     sampling = sampling_of(told.config)
     return {

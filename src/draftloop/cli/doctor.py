@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from draftloop.cli.console import new_table, out_console, say_error, write, write_json
+from draftloop.cli.cost_table import cost_table
 from draftloop.cli.memory_table import memory_table
 from draftloop.cli.options import AsJson, load_settings
 from draftloop.cli.progress import format_bytes, waiting
@@ -44,6 +45,7 @@ def doctor(context: typer.Context, as_json: AsJson = False) -> None:
             "hub": examine.hub_facts(),
             "storage": examine.storage_facts(),
             "models": models,
+            "schedule": config.speculative.schedule,
             "pair": examine.pair_facts(config) if here else None,
         }
         facts["problems"] = examine.problems_of(facts)
@@ -65,6 +67,9 @@ def _show(facts: Facts) -> None:
     pair = facts["pair"]
     if pair is not None and pair["memory"] is not None:
         out_console().print(memory_table(pair["memory"]))
+        write("\n")
+    if pair is not None and pair["costs"] is not None:
+        out_console().print(cost_table(pair["costs"]))
         write("\n")
     for problem in facts["problems"]:
         say_error(problem)
@@ -95,10 +100,22 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
     for role, model in facts["models"].items():
         state = "cannot be had, see below" if model["error"] else HOW_TO_GET[model["availability"]]
         rows.append((role, f"{model['name']}: {state}"))
-    return [*rows, ("memory plan", _memory_row(facts["pair"]))]
+    return [
+        *rows,
+        ("memory plan", _memory_row(facts["pair"])),
+        ("cost of rounds", _cost_row(facts["pair"], facts["schedule"])),
+    ]
 
 
 def _memory_row(pair: Facts | None) -> str:
     if pair is None:
         return "known once both models are here"
     return "see below" if pair["memory"] else "none: the models do not go together, see below"
+
+
+def _cost_row(pair: Facts | None, schedule: str) -> str:
+    if schedule == "fixed":
+        return "not needed: speculative.schedule is fixed"
+    if pair is not None and pair["costs"] is not None:
+        return "see below"
+    return "not measured with these settings: the first answer (draftloop generate) measures and keeps it"

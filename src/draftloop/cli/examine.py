@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from draftloop.cli.cost_table import cost_figures
 from draftloop.cli.memory_table import memory_figures
 from draftloop.errors import DraftloopError
 
@@ -119,18 +120,20 @@ def model_facts(config: Config) -> Facts:
 
 
 def pair_facts(config: Config) -> Facts:
-    """For a pair that is here: whether it fits together, and the memory plan."""
-    from draftloop.loading import prepare
+    """For a pair that is here: whether it fits together, the memory plan, and what its rounds cost."""
+    from draftloop.loading import costs_known, prepare
 
     try:
-        plan = prepare(config).plan
+        prepared = prepare(config)
     except DraftloopError as error:
-        return {"memory": None, "error": str(error)}
+        return {"memory": None, "costs": None, "error": str(error)}
+    error, costs = None, costs_known(config, prepared)
     try:
-        plan.check_generation()
-    except DraftloopError as error:
-        return {"memory": memory_figures(plan), "error": str(error)}
-    return {"memory": memory_figures(plan), "error": None}
+        prepared.plan.check_generation()
+    except DraftloopError as too_large:
+        error = str(too_large)
+    figures = None if costs is None else cost_figures(costs, config.speculative.num_draft_tokens)
+    return {"memory": memory_figures(prepared.plan), "costs": figures, "error": error}
 
 
 def problems_of(facts: Facts) -> list[str]:

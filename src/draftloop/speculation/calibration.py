@@ -1,7 +1,8 @@
 """What rounds cost on this machine: measured once through the models' seam, and remembered in a file.
 
-Contract: a few seconds at most, on scratch caches; nobody may be answering. A file that is damaged, or is
-about something else, is measured again and replaced whole. Must not know settings or requests.
+Contract: about BUDGET_S, whatever K and however large the models; on scratch caches, while nobody is
+answering. A file that is damaged, or is about something else, is measured again and replaced whole. Must not
+know settings or requests.
 """
 
 from __future__ import annotations
@@ -12,125 +13,156 @@ import json
 import logging
 import math
 import time
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from draftloop.backends.base import NO_PROPOSAL, PrefillJob, Proposal, ProposeJob, VerifyJob
 from draftloop.errors import DraftloopError
 from draftloop.folders import cache_root
 from draftloop.models.cache import read_json, write_json
 from draftloop.speculation.costs import RoundCosts
+from draftloop.speculation.timing import filled_cache, proposal_step, verification_step
 from draftloop.types import Rules, Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from draftloop.backends.base import Cache, Model
+    from draftloop.backends.base import Model, Proposal
     from draftloop.speculation.stream import Pair
 
 logger = logging.getLogger(__name__)
 
 BUDGET_S = 2.5
-"""No further pass begins after so long."""
-FEWEST_PASSES, MOST_PASSES = 2, 8
-CONTEXT_TOKENS, READ_TOKENS = 64, 48
+"""Nothing is begun that is expected to end later, but for what nothing can be told without."""
+MOST_PASSES = 8
+READ_TOKENS = 48
 """What a token of a backlog costs is the difference between reading so many and half of them: on a GPU both
 are beyond what a graph was recorded for, as a backlog is."""
-WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 32, 48, 64)
-"""Those below the widest round are measured, that round and K + 1; kernels work in blocks, so the small ones
-matter each."""
-FORMAT = 1
+DRAFTED_TOKENS = 8
+"""A drafted token's cost is the difference between so many and one, or K where that is less."""
+SMALL_WIDTH, LARGE_WIDTHS = 9, (12, 16, 24, 32, 48, 64)
+"""Kernels work in blocks, so each width up to the first is looked at; between the large ones it is even."""
+INDISPENSABLE_WIDTH = 5
+"""Beside one row, this width or K + 1 is measured whatever it takes: two points make a line."""
+EXPECTED_GROWTH = 0.25
+"""Twice as many rows are expected to take longer by this share: weights are read once for all of them."""
+SURPRISE = 1.5
+"""What took so many times what was expected has set something up, and is timed once more."""
+FORMAT = 2
 
 _NUMBERS = ("draft_s", "draft_round_s", "read_s")
 
 
+@dataclass(frozen=True, slots=True)
+class ServedRounds:
+    """The rounds that are to be priced.
+
+    Attributes:
+        num_draft_tokens: K, the draft model's cap, at least 1.
+        num_suffix_tokens: the most that is proposed without a model.
+        sampling: as most requests have it; of its numbers it only matters which are switched on.
+        trace: whether the target's top tokens are kept.
+    """
+
+    num_draft_tokens: int
+    num_suffix_tokens: int = 0
+    sampling: Sampling = Sampling()  # noqa: RUF009  # frozen
+    trace: bool = False
+
+    @property
+    def widest(self) -> int:
+        """Rows of the widest verification."""
+        return max(self.num_draft_tokens, self.num_suffix_tokens) + 1
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What their cost depends on, beside widths."""
+        one = self.sampling
+        switched = {"top_k": one.top_k > 0, "top_p": one.top_p < 1, "min_p": one.min_p > 0}
+        stages = ["greedy"] if one.greedy else ["sampled", *(name for name, on in switched.items() if on)]
+        return {"sampling": " ".join(stages), "trace": str(self.trace)}
+
+
 def measure_costs(
-    pair: Pair, cap: int, clock: Callable[[], float] = time.perf_counter, *, suffix_tokens: int = 0
+    pair: Pair, rounds: ServedRounds, clock: Callable[[], float] = time.perf_counter
 ) -> RoundCosts:
-    """Time the target's steps and the draft's, in turn, and keep each one's quickest: what nobody disturbed.
+    """Time the draft's steps and the target's, and keep each one's quickest: what nobody disturbed.
+
+    What the budget leaves out is interpolated, or goes on with the mean slope (`RoundCosts.verify_at`).
 
     Args:
-        pair: with a draft. Its caches must hold CONTEXT_TOKENS, or as many as there are, less a round.
-        cap: K, at least 1.
+        pair: with a draft. Its caches hold a short text and a round, or as much as there is room for.
+        rounds: what is served.
         clock: seconds.
-        suffix_tokens: the most that is proposed without a model; as many are verified as the cache holds.
     """
     if pair.draft is None:
         raise ValueError("without a draft there is nothing to choose")
-    widths = _widths(cap, min(suffix_tokens, pair.target.new_cache().max_tokens - 2))
-    target, draft = _filled(pair.target, max(widths)), _filled(pair.draft, max(cap, READ_TOKENS))
+    session, rules = _Session(clock), Rules(rounds.sampling)
+    draft = filled_cache(pair.draft, max(min(rounds.num_draft_tokens, DRAFTED_TOKENS), READ_TOKENS))
+    many = max(2, min(rounds.num_draft_tokens, DRAFTED_TOKENS))
     most = min(READ_TOKENS, draft.max_tokens - draft.position)
-    few, many = 1, max(cap, 2)
-    steps: list[Callable[[], None]] = [
-        *(_verification(pair.target, target, width) for width in widths),
-        *(_proposal(pair.draft, draft, k) for k in (few, many)),
-        *(_proposal(pair.draft, draft, 1, unread_tokens=count) for count in (most // 2, most)),
-    ]
-    best = [math.inf] * len(steps)
-    started_s = clock()
-    for step in steps:
-        step()
-    for done in range(MOST_PASSES):
-        if done >= FEWEST_PASSES and clock() - started_s > BUDGET_S:
-            break
-        for index, step in enumerate(steps):
-            before_s = clock()
-            step()
-            best[index] = min(best[index], clock() - before_s)
+    one = session.first(proposal_step(pair.draft, draft, 1, rules), needed=True)
+    several = session.first(proposal_step(pair.draft, draft, many, rules), many * one.best_s)
+    half, whole = (
+        session.first(proposal_step(pair.draft, draft, 1, rules, count), _grown(one.best_s, 1, count))
+        for count in (most // 2, most)
+    )
+    drafted = one.result if several.result is None else several.result
+    verified = _verifications(session, pair.target, rounds, drafted)
+    session.repeat()
+    # Unmeasured steps count as endless: a draft then costs as much as the first.
+    draft_s = min(max(0.0, several.best_s - one.best_s) / (many - 1), one.best_s)
+    read_s = max(0.0, whole.best_s - half.best_s) / (most - most // 2) if whole.measured else draft_s
     # A wider step is never cheaper; where it was, the clock jittered.
-    verify_s = itertools.accumulate(best[: len(widths)], max)
-    few_s, many_s, half_s, whole_s = best[len(widths) :]
-    draft_s = min(max(0.0, many_s - few_s) / (many - few), few_s)
+    verify_s = itertools.accumulate((verified[width].best_s for width in sorted(verified)), max)
     return RoundCosts(
-        verify_s=tuple(zip(widths, verify_s, strict=True)),
+        verify_s=tuple(zip(sorted(verified), verify_s, strict=True)),
         draft_s=draft_s,
-        draft_round_s=few_s - draft_s,
-        read_s=max(0.0, whole_s - half_s) / (most - most // 2),
+        draft_round_s=one.best_s - draft_s,
+        read_s=read_s,
     )
 
 
 def calibrated_costs(
     pair: Pair,
-    cap: int,
+    rounds: ServedRounds,
     facts: Mapping[str, str],
     clock: Callable[[], float] = time.perf_counter,
-    *,
-    suffix_tokens: int = 0,
 ) -> RoundCosts:
     """The costs from the file of these facts, or measured now and stored there.
 
     Args:
         pair: with a draft.
-        cap: K.
-        facts: all that costs depend on: machine, backend, device, models.
+        rounds: what is served.
+        facts: all else that costs depend on: machine, backend, device, models.
         clock: seconds.
-        suffix_tokens: see `measure_costs`.
     """
-    known = known_costs(cap, facts, suffix_tokens)
+    known = known_costs(rounds, facts)
     if known is not None:
         logger.debug("round costs as measured before: %s", known)
         return known
-    key = _key(cap, facts, suffix_tokens)
     started_s = time.perf_counter()
-    costs = measure_costs(pair, cap, clock, suffix_tokens=suffix_tokens)
+    costs = measure_costs(pair, rounds, clock)
     logger.debug("round costs measured in %.1f s: %s", time.perf_counter() - started_s, costs)
+    key = {**facts, **rounds.facts}
     try:
-        write_json(calibration_path(key), _stored(costs, key))
+        write_json(calibration_path(key), _stored(costs, key, rounds.widest))
     except DraftloopError as error:
         logger.debug("the round costs were not stored: %s", error)
     return costs
 
 
-def known_costs(cap: int, facts: Mapping[str, str], suffix_tokens: int) -> RoundCosts | None:
-    """The costs from the file of these facts (see `calibrated_costs`); None where nobody measured them."""
-    key = _key(cap, facts, suffix_tokens)
-    return _costs_of(read_json(calibration_path(key)), key)
+def known_costs(rounds: ServedRounds, facts: Mapping[str, str]) -> RoundCosts | None:
+    """The costs from the file of these facts; None where rounds so wide were never measured.
 
-
-def _key(cap: int, facts: Mapping[str, str], suffix_tokens: int) -> dict[str, str]:
-    return {**facts, "num_draft_tokens": str(cap), "suffix_tokens": str(suffix_tokens)}
+    What was measured for wider rounds tells narrower ones too.
+    """
+    key = {**facts, **rounds.facts}
+    stored = read_json(calibration_path(key))
+    widest = stored.get("widest")
+    if not isinstance(widest, int) or widest < rounds.widest:
+        return None
+    return _costs_of(stored, key)
 
 
 def calibration_path(key: Mapping[str, str]) -> Path:
@@ -139,10 +171,11 @@ def calibration_path(key: Mapping[str, str]) -> Path:
     return cache_root() / "calibration" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-def _stored(costs: RoundCosts, key: Mapping[str, str]) -> dict[str, object]:
+def _stored(costs: RoundCosts, key: Mapping[str, str], widest: int) -> dict[str, object]:
     return {
         "format": FORMAT,
         "key": dict(key),
+        "widest": widest,
         "verify_s": [list(point) for point in costs.verify_s],
         "draft_s": costs.draft_s,
         "draft_round_s": costs.draft_round_s,
@@ -168,48 +201,88 @@ def _costs_of(stored: Mapping[str, object], key: Mapping[str, str]) -> RoundCost
     return RoundCosts(verify_s, draft_s, draft_round_s, read_s) if verify_s[0][1] > 0 else None
 
 
-def _widths(cap: int, suffix_tokens: int) -> list[int]:
-    """What is verified: WIDTHS as far as rounds go, and the widest round of either drafter."""
-    widest = max(cap, suffix_tokens) + 1
-    return sorted({*(width for width in WIDTHS if width < widest), cap + 1, widest})
+class _Step:
+    """Something to be timed.
+
+    Attributes:
+        best_s: its quickest time; infinite before it was ever run.
+        result: what it gave last.
+    """
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.run = run
+        self.best_s = math.inf
+        self.result: Any = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether it was ever run."""
+        return math.isfinite(self.best_s)
 
 
-def _filled(model: Model, room: int) -> Cache:
-    """A scratch cache that holds a short text and has room for `room` more."""
-    cache = model.new_cache()
-    context = max(1, min(CONTEXT_TOKENS, cache.max_tokens - room))
-    model.prefill([PrefillJob(cache, [1] * context)])
-    return cache
+class _Session:
+    """Times steps while the budget lasts."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._end_s = clock() + BUDGET_S
+        self._steps: list[_Step] = []
+
+    def first(self, run: Callable[[], Any], expected_s: float = 0.0, *, needed: bool = False) -> _Step:
+        """Time something new, where it is expected to fit or nothing can be told without it."""
+        step = _Step(run)
+        if needed or expected_s <= self._left_s:
+            took_s = self._time(step)
+            if SURPRISE * expected_s < took_s <= self._left_s:
+                self._time(step)
+            self._steps.append(step)
+        return step
+
+    def repeat(self) -> None:
+        """Time all of them again, in turn, while there is time."""
+        for _ in range(MOST_PASSES - 1):
+            for step in self._steps:
+                if step.best_s <= self._left_s:
+                    self._time(step)
+
+    @property
+    def _left_s(self) -> float:
+        return self._end_s - self._clock()
+
+    def _time(self, step: _Step) -> float:
+        before_s = self._clock()
+        step.result = step.run()
+        took_s = self._clock() - before_s
+        step.best_s = min(step.best_s, took_s)
+        return took_s
 
 
-def _verification(target: Model, cache: Cache, width: int) -> Callable[[], None]:
-    k = width - 1
-    proposal = Proposal(tokens=(1,) * k, q=None, num_tokens=k) if k else NO_PROPOSAL
-    job = VerifyJob(
-        cache=cache,
-        last=1,
-        proposal=proposal,
-        rules=Rules(Sampling()),
-        accept_uniforms=np.zeros(k, np.float32),
-        extra_uniforms=np.zeros(width, np.float32),
-    )
+def _verifications(
+    session: _Session, target: Model, rounds: ServedRounds, drafted: Proposal
+) -> dict[int, _Step]:
+    """The target's steps by width, those that were worth their time; at least one row."""
+    # A suffix match is cut to what the cache has room for.
+    widest = min(rounds.widest, target.new_cache().max_tokens - 1)
+    cache, rules = filled_cache(target, widest), Rules(rounds.sampling)
+    measured: dict[int, _Step] = {}
+    for width in _widths_by_need(rounds.num_draft_tokens + 1, widest):
+        below = max((known for known in measured if known < width), default=None)
+        step = session.first(
+            verification_step(target, cache, width - 1, rules, drafted=drafted, trace=rounds.trace),
+            0.0 if below is None else _grown(measured[below].best_s, below, width),
+            needed=len(measured) < 2,
+        )
+        if step.measured:
+            measured[width] = step
+    return measured
 
-    def step() -> None:
-        position = cache.position
-        target.verify([job])
-        cache.trim(cache.position - position)
 
-    return step
+def _widths_by_need(usual: int, widest: int) -> list[int]:
+    """One row and a few, every small width, the widest, K + 1, and some between."""
+    wanted = [1, min(usual, INDISPENSABLE_WIDTH), *range(2, SMALL_WIDTH + 1), widest, usual, *LARGE_WIDTHS]
+    return [width for width in dict.fromkeys(wanted) if width <= widest]
 
 
-def _proposal(draft: Model, cache: Cache, k: int, unread_tokens: int = 1) -> Callable[[], None]:
-    job = ProposeJob(cache, [1] * unread_tokens, k, Rules(Sampling()), np.zeros(k, np.float32))
-
-    def step() -> None:
-        position = cache.position
-        proposal = draft.propose([job])[0]
-        # A device works ahead of the host; reading a token waits for it.
-        int(proposal.tokens[-1])
-        cache.trim(cache.position - position)
-
-    return step
+def _grown(seconds: float, width: int, wider: int) -> float:
+    """What a step of `wider` rows is expected to take, by one of `width`."""
+    return seconds * (1 + EXPECTED_GROWTH * (wider / width - 1))

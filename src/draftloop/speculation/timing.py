@@ -1,0 +1,96 @@
+"""One step of a model, to be timed: as rounds make it, on scratch caches.
+
+Contract: seconds by a clock that is passed in; nobody may be answering. The only place where a proposal is
+timed. Must not know what the seconds are for.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from draftloop.backends.base import NO_PROPOSAL, PrefillJob, Proposal, ProposeJob, VerifyJob
+from draftloop.types import Rules, Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from draftloop.backends.base import Cache, Model
+
+CONTEXT_TOKENS = 64
+"""Steps are timed behind a short text: what sets one off against another hardly depends on it."""
+GREEDY = Rules(Sampling())
+
+
+def time_proposals(
+    draft: Model,
+    num_draft_tokens: int,
+    times: int,
+    *,
+    rules: Rules = GREEDY,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Seconds of each of `times` proposals of K tokens behind a short text, after one that does not count."""
+    propose = proposal_step(draft, filled_cache(draft, num_draft_tokens), num_draft_tokens, rules)
+    propose()
+    seconds = []
+    for _ in range(times):
+        before_s = clock()
+        propose()
+        seconds.append(clock() - before_s)
+    return seconds
+
+
+def filled_cache(model: Model, room: int) -> Cache:
+    """A scratch cache that holds a short text and has room for `room` more tokens."""
+    cache = model.new_cache()
+    context = max(1, min(CONTEXT_TOKENS, cache.max_tokens - room))
+    model.prefill([PrefillJob(cache, [1] * context)])
+    return cache
+
+
+def proposal_step(
+    draft: Model, cache: Cache, num_draft_tokens: int, rules: Rules, unread_tokens: int = 1
+) -> Callable[[], Proposal]:
+    """Reads and drafts, waits for the device, and leaves the cache as it was."""
+    uniforms = np.zeros(num_draft_tokens, np.float32)
+    job = ProposeJob(cache, [1] * unread_tokens, num_draft_tokens, rules, uniforms)
+
+    def step() -> Proposal:
+        position = cache.position
+        proposal = draft.propose([job])[0]
+        # A device works ahead of the host; reading a token waits for it.
+        int(proposal.tokens[-1])
+        cache.trim(cache.position - position)
+        return proposal
+
+    return step
+
+
+def verification_step(
+    target: Model, cache: Cache, num_draft_tokens: int, rules: Rules, *, drafted: Proposal, trace: bool
+) -> Callable[[], None]:
+    """Verifies K tokens, the first of `drafted` where it has as many, and leaves the cache as it was."""
+    k = num_draft_tokens
+    proposal = Proposal(tokens=(1,) * k, q=None, num_tokens=k) if k else NO_PROPOSAL
+    if 0 < k <= drafted.num_tokens:
+        q = None if drafted.q is None else drafted.q[:k]
+        proposal = Proposal(tokens=drafted.tokens[:k], q=q, num_tokens=k)
+    job = VerifyJob(
+        cache=cache,
+        last=1,
+        proposal=proposal,
+        rules=rules,
+        accept_uniforms=np.zeros(k, np.float32),
+        extra_uniforms=np.zeros(k + 1, np.float32),
+        trace=trace,
+    )
+
+    def step() -> None:
+        position = cache.position
+        target.verify([job])
+        cache.trim(cache.position - position)
+
+    return step
