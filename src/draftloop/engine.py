@@ -59,6 +59,8 @@ class Request:
         num_suffix_tokens: the most that a suffix match proposes in a round; 0 looks for none.
         stop: the answer ends before any of these strings.
         seed: fixes every random choice; None draws one, which the completion reports.
+        repeatable: whether what is sampled from a given seed is the same text whatever was answered before.
+            Then past answers do not help to choose K, so that it is slower than it would be without a seed.
         trace: whether the completion carries the target's top tokens of each round.
         provenance: what is stored beside the answer; None stores nothing.
     """
@@ -71,6 +73,7 @@ class Request:
     min_tokens: int = 1
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    repeatable: bool = True
     trace: bool = False
     provenance: Provenance | None = None
 
@@ -236,7 +239,7 @@ class Engine:
             conversation,
             settings,
             num_suffix_tokens=request.num_suffix_tokens,
-            repeatable=request.seed is not None and not request.sampling.greedy,
+            repeatable=request.repeatable and request.seed is not None and not request.sampling.greedy,
         )
         try:
             yield from self._read(answer, stream)

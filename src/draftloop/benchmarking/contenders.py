@@ -96,7 +96,10 @@ class Ours:
     num_suffix_tokens: int = 0
 
     def answer(self, job: Job) -> Answer:
-        """See `Contender`. The first round reads the prompt's last token, as every round reads one."""
+        """See `Contender`. The first round reads the prompt's last token, as every round reads one.
+
+        Drafts are chosen as in serving, by what past answers taught too.
+        """
         experience = self.engine.experience.anew() if job.warm_up else self.experience
         completion = self.engine.complete(
             Request(
@@ -106,6 +109,7 @@ class Ours:
                 num_draft_tokens=self.num_draft_tokens,
                 num_suffix_tokens=self.num_suffix_tokens,
                 seed=job.seed,
+                repeatable=False,
             ),
             experience=experience,
         )
