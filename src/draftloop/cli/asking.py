@@ -64,10 +64,11 @@ class AnswerOptions:
     def request(self, prompt_tokens: Sequence[int], provenance: Provenance | None = None) -> Request:
         """Ask for the answer to these tokens; without a provenance it is not stored."""
         from draftloop.engine import Request
+        from draftloop.loading import sampling_of
 
         return Request(
             prompt_tokens=prompt_tokens,
-            sampling=options.sampling_of(self.config),
+            sampling=sampling_of(self.config),
             max_tokens=self.config.generation.max_tokens,
             min_tokens=self.config.generation.min_tokens,
             num_draft_tokens=self.config.speculative.num_draft_tokens if self.with_draft else 0,
@@ -79,15 +80,7 @@ class AnswerOptions:
 
 
 def read_options(
-    context: typer.Context,
-    *,
-    system: str | None,
-    stop: list[str] | None,
-    seed: int | None,
-    no_speculation: bool,
-    no_collect: bool = False,
-    adapter: str | None = None,
-    defaults: Sequence[str] = (),
+    context: typer.Context, flags: options.AnswerFlags, *, defaults: Sequence[str] = ()
 ) -> AnswerOptions:
     """Check the flags and read the settings under them; `defaults` as in `options.load_settings`.
 
@@ -96,25 +89,25 @@ def read_options(
     """
     drafts = "--num-draft-tokens" in options.flags_given(context)
     options.refuse_together(
-        {"--no-speculation": no_speculation, "--num-draft-tokens": drafts},
+        {"--no-speculation": flags.no_speculation, "--num-draft-tokens": drafts},
         "Without speculation nothing is drafted.",
     )
     options.refuse_together(
-        {"--no-speculation": no_speculation, "--adapter": adapter is not None},
+        {"--no-speculation": flags.no_speculation, "--adapter": flags.adapter is not None},
         "Without speculation there is no draft to wear it.",
     )
-    stops = options.check_stops(stop)
-    for text, name in ((system, "--system"), (adapter, "--adapter")):
+    stops = options.check_stops(flags.stop)
+    for text, name in ((flags.system, "--system"), (flags.adapter, "--adapter")):
         options.check_text(text or "", name)
-    forced = ["storage.collect=false"] if no_collect else []
+    forced = ["storage.collect=false"] if flags.no_collect else []
     config = options.load_settings(context, defaults=defaults, forced=forced).config
     return AnswerOptions(
         config=config,
-        system=(config.chat.system_message or "") if system is None else system,
+        system=(config.chat.system_message or "") if flags.system is None else flags.system,
         stop=stops,
-        seed=seed,
-        with_draft=not no_speculation,
-        adapter=ACTIVE_ADAPTER if adapter is None else adapter,
+        seed=flags.seed,
+        with_draft=not flags.no_speculation,
+        adapter=ACTIVE_ADAPTER if flags.adapter is None else flags.adapter,
         source=context.info_name or "",
     )
 

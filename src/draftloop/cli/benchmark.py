@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from draftloop.cli import options  # noqa: TC001  # typer reads annotations when it runs
+from draftloop.cli import options
 from draftloop.cli.asking import (
     AnswerOptions,
     load_models,
@@ -98,15 +98,8 @@ def benchmark(
     as_json: options.AsJson = False,
 ) -> None:
     """Measure speed on a file of prompts, mode against mode, prompt by prompt; store nothing."""
-    asked = read_options(
-        context,
-        system=system,
-        stop=None,
-        seed=seed,
-        no_speculation=False,
-        no_collect=True,
-        adapter=adapter,
-    )
+    flags = options.AnswerFlags(system=system, seed=seed, no_collect=True, adapter=adapter)
+    asked = read_options(context, flags)
     check_plot(plot)
     _check_suffix(modes, asked)
     peers = _peers_of(names := _named(modes, "--modes"), against)

@@ -50,34 +50,15 @@ HELP = """\
 Ctrl-C stops an answer."""
 
 
+@options.takes_answer_flags()
 def chat(
     context: typer.Context,
     *,
-    system: options.System = None,
-    max_tokens: options.MaxTokens = None,
-    min_tokens: options.MinTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    num_draft_tokens: options.NumDraftTokens = None,
-    no_speculation: options.NoSpeculation = False,
-    adapter: options.Adapter = None,
-    no_collect: options.NoCollect = False,
+    flags: options.AnswerFlags,
     color: options.Color = False,
 ) -> None:
     """Talk with the pair, which learns meanwhile."""
-    asked = read_options(
-        context,
-        system=system,
-        stop=stop,
-        seed=seed,
-        no_speculation=no_speculation,
-        no_collect=no_collect,
-        adapter=adapter,
-    )
+    asked = read_options(context, flags)
     exit_status = 0
     with open_store_for(asked) as store:
         engine = load_models(asked.config, prepare_models(asked), store, adapter=asked.adapter)

@@ -61,33 +61,19 @@ class Collected:
     interrupted: bool
 
 
+@options.takes_answer_flags(without=("no_collect",))
 def collect(
     context: typer.Context,
     *,
     prompts_file: options.EveryPrompt,
     again: Again = False,
-    system: options.System = None,
-    max_tokens: options.MaxTokens = None,
-    min_tokens: options.MinTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    num_draft_tokens: options.NumDraftTokens = None,
-    no_speculation: options.NoSpeculation = False,
-    adapter: options.Adapter = None,
+    flags: options.AnswerFlags,
     as_json: options.AsJson = False,
 ) -> None:
     """Answer a file of prompts and store the answers to learn from."""
     asked = read_options(
         context,
-        system=system,
-        stop=stop,
-        seed=seed,
-        no_speculation=no_speculation,
-        adapter=adapter,
+        flags,
         # What is collected is to learn from: every answer shall show what the draft can do.
         defaults=["speculative.schedule=fixed"],
     )
@@ -112,8 +98,9 @@ def collect(
 def prompt_key(asked: AnswerOptions, prompt: Prompt) -> str:
     """Names what is asked: SHA-256 of the system message, the text and the sampling. K is not part of it."""
     from draftloop.learning.recorder import digest
+    from draftloop.loading import sampling_of
 
-    sampling = asdict(options.sampling_of(asked.config))
+    sampling = asdict(sampling_of(asked.config))
     return digest(json.dumps([system_of(asked, prompt), prompt.text, sampling], sort_keys=True))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer  # noqa: TC002  # typer reads annotations when it runs
 
-from draftloop.cli import options  # noqa: TC001
+from draftloop.cli import options
 from draftloop.cli.asking import (
     load_models,
     open_store_for,
@@ -33,33 +33,18 @@ if TYPE_CHECKING:
 WARM_UP_TOKENS = 8
 
 
+@options.takes_answer_flags(without=("no_collect",), seed=0)
 def evaluate(
     context: typer.Context,
     *,
     prompts_file: options.EveryPrompt,
-    system: options.System = None,
-    max_tokens: options.MaxTokens = None,
-    min_tokens: options.MinTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    seed: options.Seed = 0,
-    stop: options.Stop = None,
-    num_draft_tokens: options.NumDraftTokens = None,
-    no_speculation: options.NoSpeculation = False,
-    adapter: options.Adapter = None,
+    flags: options.AnswerFlags,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure speed and acceptance on a file of prompts; store nothing."""
     asked = read_options(
         context,
-        system=system,
-        stop=stop,
-        seed=seed,
-        no_speculation=no_speculation,
-        no_collect=True,
-        adapter=adapter,
+        replace(flags, no_collect=True),
         # Tau and acceptance compare drafts at one K only.
         defaults=["speculative.schedule=fixed"],
     )

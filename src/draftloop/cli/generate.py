@@ -59,42 +59,25 @@ class _Display:
     color: bool
 
 
+@options.takes_answer_flags()
 def generate(
     context: typer.Context,
     prompt: PromptArgument = None,
     *,
     prompts_file: options.PromptsFile = None,
-    system: options.System = None,
     raw: Raw = False,
-    max_tokens: options.MaxTokens = None,
-    min_tokens: options.MinTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    num_draft_tokens: options.NumDraftTokens = None,
-    no_speculation: options.NoSpeculation = False,
-    adapter: options.Adapter = None,
-    no_collect: options.NoCollect = False,
+    flags: options.AnswerFlags,
     as_json: options.AsJson = False,
     stats: Stats = None,
     color: options.Color = False,
 ) -> None:
     """Answer a prompt, or each prompt of a file."""
     options.refuse_together({"PROMPT": prompt, "--prompts": prompts_file}, "Give one of them.")
-    options.refuse_together({"--raw": raw, "--system": system is not None}, "--raw uses no chat template.")
-    options.refuse_together({"--json": as_json, "--color": color}, "JSON has no colours.")
-    asked = read_options(
-        context,
-        system=system,
-        stop=stop,
-        seed=seed,
-        no_speculation=no_speculation,
-        no_collect=no_collect,
-        adapter=adapter,
+    options.refuse_together(
+        {"--raw": raw, "--system": flags.system is not None}, "--raw uses no chat template."
     )
+    options.refuse_together({"--json": as_json, "--color": color}, "JSON has no colours.")
+    asked = read_options(context, flags)
     prompts = [read_prompt(prompt)] if prompts_file is None else read_prompts(prompts_file)
     display = _Display(as_json, not as_json if stats is None else stats, color)
     with open_store_for(asked) as store:

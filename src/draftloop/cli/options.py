@@ -5,10 +5,12 @@ Contract: a flag that stands for a setting is checked by that setting's own rule
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence  # noqa: TC003  # typer reads annotations when it runs
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable, Mapping, Sequence  # noqa: TC003  # typer reads annotations when it runs
+from dataclasses import dataclass, field, fields
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -16,8 +18,7 @@ from draftloop.cli.console import configure_logging
 from draftloop.errors import ConfigError, InputError, PromptError
 
 if TYPE_CHECKING:
-    from draftloop.config import Config, LoadedConfig
-    from draftloop.types import Sampling
+    from draftloop.config import LoadedConfig
 
 FLAG_KEYS: Mapping[str, str] = {
     "--max-tokens": "generation.max_tokens",
@@ -95,6 +96,71 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout,
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerFlags:
+    """The flags of every command that answers (`takes_answer_flags`).
+
+    Those of `FLAG_KEYS` act through the settings (`load_settings`); the others are read from here.
+    """
+
+    system: System = None
+    max_tokens: MaxTokens = None
+    min_tokens: MinTokens = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
+    min_p: MinP = None
+    seed: Seed = None
+    stop: Stop = None
+    num_draft_tokens: NumDraftTokens = None
+    no_speculation: NoSpeculation = False
+    adapter: Adapter = None
+    no_collect: NoCollect = False
+
+
+def takes_answer_flags(
+    *, without: Sequence[str] = (), **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of `AnswerFlags`, in place of its parameter `flags`, which it gets them in.
+
+    Args:
+        without: those that the command has not.
+        **defaults: where the command's differ.
+    """
+    names = [one.name for one in fields(AnswerFlags) if one.name not in without]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        flag_hints = get_type_hints(AnswerFlags, include_extras=True)
+        plain = AnswerFlags(**defaults)
+        parameters: list[inspect.Parameter] = []
+        for one in inspect.signature(command).parameters.values():
+            if one.name != "flags":
+                parameters.append(one.replace(annotation=hints[one.name]))
+                continue
+            parameters += [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=getattr(plain, name),
+                    annotation=flag_hints[name],
+                )
+                for name in names
+            ]
+
+        @wraps(command)
+        def run(*args: Any, **given: Any) -> None:
+            flags = AnswerFlags(**{name: given.pop(name) for name in names})
+            command(*args, flags=flags, **given)
+
+        # Typer reads both.
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        return run
+
+    return decorate
+
+
+@dataclass(frozen=True, slots=True)
 class GlobalOptions:
     """What stands before the command: settings files and `--set` overrides, in order."""
 
@@ -140,19 +206,6 @@ def load_settings(
         raise _naming_the_flag(error, given) from None
     configure_logging(loaded.config.logging.level)
     return loaded
-
-
-def sampling_of(config: Config) -> Sampling:
-    """How logits become a distribution, from the settings."""
-    from draftloop.types import Sampling
-
-    speculative = config.speculative
-    return Sampling(
-        temperature=speculative.temperature,
-        top_p=speculative.top_p,
-        top_k=speculative.top_k,
-        min_p=speculative.min_p,
-    )
 
 
 def check_text(text: str, what: str) -> str:
