@@ -100,12 +100,13 @@ def test_a_round_waits_once(folders, monkeypatch, compiled, sampling, k):
 
 def test_every_way_of_waiting_is_counted(monkeypatch):
     array = mx.array([3])
+    # Looked up when called, not before.
     ways = (
-        array[0].item,
+        lambda: array.item(),  # noqa: PLW0108
         lambda: int(array[0]),
         lambda: bool(array[0] > 1),
         lambda: float(array[0]),
-        array.tolist,
+        lambda: array.tolist(),  # noqa: PLW0108
         lambda: np.array(array),
         lambda: np.asarray(array),
         lambda: mx.eval(array),

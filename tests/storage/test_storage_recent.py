@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from storage_samples import PAIR, make_request
 
-from draftloop.learning.recent import READ_REQUESTS, recent_rounds, tested_positions
+from draftloop.learning import recent
+from draftloop.learning.recent import READ_REQUESTS, recent_rounds
 from draftloop.speculation.costs import RoundCosts
 from draftloop.speculation.schedule import Schedule
 from draftloop.storage.records import PairKey, TraceRows
@@ -39,7 +40,7 @@ def traces(*rounds: tuple[tuple[int, int], ...]) -> TraceRows:
 
 
 def test_kept_and_rejected_drafts_are_told_by_round():
-    found = tested_positions(
+    found = recent.tested_positions(
         traces(
             ((ACCEPTED, 5), (ACCEPTED, 6), (BONUS, -1)),
             ((TARGET, -1),),
