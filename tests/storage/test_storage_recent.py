@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ from draftloop.learning.recent import READ_REQUESTS, recent_rounds
 from draftloop.speculation.costs import RoundCosts
 from draftloop.speculation.schedule import Schedule
 from draftloop.storage.records import PairKey, TraceRows
-from draftloop.storage.store import open_store
+from draftloop.storage.store import DATABASE_NAME, open_store
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,9 +77,10 @@ def test_only_the_newest_with_the_same_adapter_count(store):
     assert recent_rounds(store, PairKey("org/target", "org/another"), None) == []
 
 
-def test_a_store_that_cannot_be_read_tells_nothing(store):
+def test_a_store_that_cannot_be_read_tells_nothing(store, tmp_path):
     serve(store, True, 3)
-    store.close()
+    with closing(sqlite3.connect(tmp_path / "data" / DATABASE_NAME)) as connection, connection:
+        connection.execute("UPDATE contents SET body = x'00'")
     assert recent_rounds(store, PAIR, None) == []
 
 
