@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from draftloop.cli.cost_table import cost_figures
 from draftloop.cli.memory_table import memory_figures
-from draftloop.errors import DraftloopError
+from draftloop.errors import DraftloopError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from draftloop.config import Config
+    from draftloop.loading import Prepared
+    from draftloop.speculation.costs import RoundCosts
 
 COMMAND_TIMEOUT_S = 5
 HUB_TIMEOUT_S = 3
@@ -121,19 +123,32 @@ def model_facts(config: Config) -> Facts:
 
 def pair_facts(config: Config) -> Facts:
     """For a pair that is here: whether it fits together, the memory plan, and what its rounds cost."""
-    from draftloop.loading import costs_known, prepare
+    from draftloop.loading import prepare
 
     try:
         prepared = prepare(config)
     except DraftloopError as error:
         return {"memory": None, "costs": None, "error": str(error)}
-    error, costs = None, costs_known(config, prepared)
+    costs = _costs_known(config, prepared)
+    figures = None if costs is None else cost_figures(costs, config.speculative.num_draft_tokens)
+    facts: Facts = {"memory": memory_figures(prepared.plan), "costs": figures, "error": None}
     try:
         prepared.plan.check_generation()
-    except DraftloopError as too_large:
-        error = str(too_large)
-    figures = None if costs is None else cost_figures(costs, config.speculative.num_draft_tokens)
-    return {"memory": memory_figures(prepared.plan), "costs": figures, "error": error}
+    except DraftloopError as error:
+        facts["error"] = str(error)
+    return facts
+
+
+def _costs_known(config: Config, prepared: Prepared) -> RoundCosts | None:
+    """What rounds cost; what is stored decides how much of the draft's head is used."""
+    from draftloop.loading import costs_known, open_storage
+
+    try:
+        store = open_storage(config, read_only=True)
+    except StorageError:
+        return costs_known(config, prepared, None)
+    with store:
+        return costs_known(config, prepared, store)
 
 
 def problems_of(facts: Facts) -> list[str]:
