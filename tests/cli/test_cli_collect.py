@@ -157,8 +157,8 @@ def test_a_second_ctrl_c_does_not_wait(collect, prompts, monkeypatch):
 
     stream = Engine.stream
 
-    def impatient(engine, request, conversation=None):
-        events = stream(engine, request, conversation)
+    def impatient(engine, *args):
+        events = stream(engine, *args)
         for number, event in enumerate(events):
             if number == 5:
                 signal.raise_signal(signal.SIGINT)
