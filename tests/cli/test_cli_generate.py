@@ -491,9 +491,13 @@ def test_the_adaptive_schedule_answers_as_the_target_and_remembers_its_costs(gen
     alone = generate("hello", "--json", *GREEDY, "--no-speculation").json
     found = generate("hello", "--json", *GREEDY, options=adaptive).json
     assert found["token_ids"] == alone["token_ids"]
-    (file,) = (tmp_path / "cache" / "calibration").glob("*.json")
-    written = file.read_bytes()
-    first = generate("hello", "--json", options=adaptive).json
-    again = generate("hello", "--json", "--seed", first["seed"], options=adaptive).json
+    folder = tmp_path / "cache" / "calibration"
+    (greedy,) = folder.glob("*.json")
+    written = greedy.read_bytes()
+    # What was answered before takes part in an answer without a seed, and not in one with it.
+    first = generate("hello", "--json", "--seed", 5, options=adaptive).json
+    assert generate("hello", "--json", options=adaptive).json["seed"] != 5
+    again = generate("hello", "--json", "--seed", 5, options=adaptive).json
     assert again["token_ids"] == first["token_ids"]
-    assert file.read_bytes() == written
+    assert greedy.read_bytes() == written
+    assert len(list(folder.glob("*.json"))) == 2
