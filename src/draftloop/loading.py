@@ -192,7 +192,7 @@ def load_prepared(
     if store is not None and adapter not in (ACTIVE, NONE):
         engine.wear(load_deployed(store, directory, adapter))
     engine.follow_adapter()
-    if store is not None and schedule is not None:
+    if store is not None and recorder is not None and schedule is not None:
         schedule.recall(recent_rounds(store, pair, engine.adapter))
     return engine
 

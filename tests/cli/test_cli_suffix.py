@@ -21,8 +21,8 @@ def asked(draftloop, toys_on_numpy, monkeypatch):
     """`asked(command, *arguments, **settings)` under an adaptive schedule; each call begins anew."""
     calibrated = []
 
-    def costs(*_, suffix_tokens, **__):
-        calibrated.append(suffix_tokens)
+    def costs(_pair, rounds, _facts):
+        calibrated.append(rounds.num_suffix_tokens)
         return FLAT
 
     monkeypatch.setattr("draftloop.loading.calibrated_costs", costs)
