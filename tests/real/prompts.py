@@ -1,4 +1,4 @@
-"""Twenty prompts for the real pair: code, prose, lists, arithmetic, other scripts."""
+"""Prompts for the real pair: code, prose, lists, arithmetic, other scripts; and two that ask for a copy."""
 
 PROMPTS = (
     "Write a Python function that reverses the words of a sentence.",
@@ -22,3 +22,10 @@ PROMPTS = (
     "Give me a recipe for pancakes with four ingredients.",
     "Напиши приветствие на русском языке.",
 )
+
+COPYING = (
+    "Rename the variable total to amount in this function and print it whole:\n"
+    "def net(total, rate):\n    tax = total * rate\n    total = total - tax\n    return round(total, 2)",
+    "Repeat word for word: The harbour was quiet at dawn, and the nets lay drying along the old stone pier.",
+)
+"""Their answers say again what stands in them."""

@@ -15,7 +15,7 @@ from draftloop.models.resolve import resolve
 from draftloop.models.tokenizer import Message
 from draftloop.types import Sampling
 
-from .prompts import PROMPTS
+from .prompts import COPYING, PROMPTS
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1500)]
 
@@ -30,13 +30,20 @@ def engine() -> Engine:
     return load_engine(load_config([OFFLINE], []).config)
 
 
-def greedy(engine: Engine, prompt: str, num_draft_tokens: int, max_tokens: int = MAX_TOKENS) -> Completion:
+def greedy(
+    engine: Engine,
+    prompt: str,
+    num_draft_tokens: int,
+    max_tokens: int = MAX_TOKENS,
+    num_suffix_tokens: int = 0,
+) -> Completion:
     return engine.complete(
         Request(
             prompt_tokens=engine.tokenizer.chat_tokens([Message("user", prompt)]),
             sampling=Sampling(temperature=0.0),
             max_tokens=max_tokens,
             num_draft_tokens=num_draft_tokens,
+            num_suffix_tokens=num_suffix_tokens,
             seed=0,
             trace=True,
         )
@@ -71,6 +78,22 @@ def test_speculating_says_what_the_target_says(engine: Engine, capsys: pytest.Ca
         assert margin <= 2 * BF16_LOGIT_STEP, f"{prompt!r} differs at {first} with a margin of {margin}"
     if engine.backend.capabilities().device.startswith("cpu"):
         assert not mismatches, "on a CPU verifying computes the very bits of decoding"
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 4])
+def test_suffix_matches_say_what_the_target_says(engine: Engine, num_draft_tokens: int) -> None:
+    kept = 0
+    for prompt in COPYING:
+        alone = greedy(engine, prompt, 0, max_tokens=60)
+        matched = greedy(engine, prompt, num_draft_tokens, max_tokens=60, num_suffix_tokens=15)
+        pairs = zip(alone.token_ids, matched.token_ids, strict=False)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        assert first is None or top_two_margin(alone, first) <= 2 * BF16_LOGIT_STEP
+        if engine.backend.capabilities().device.startswith("cpu"):
+            assert matched.token_ids == alone.token_ids
+        kept += matched.tally.suffix_accepted_tokens
+    # How much is proposed depends on what rounds cost here, so this is far below what is kept.
+    assert kept > 10
 
 
 def test_a_wrong_margin_would_be_seen(engine: Engine) -> None:
