@@ -144,12 +144,17 @@ def test_where_memory_runs_out_answers_go_on_and_nothing_is_kept(
     plain = ask(toys.engine(None), PROMPTS[1], 0.0)
     ask(engine, PROMPTS[0], 0.0)
     conversation = engine.open_conversation()
+    ask(engine, [*SYSTEM[:10], 3], 0.0, conversation)
     full = conversation.target_cache if model == "target" else conversation.draft_cache
     real = getattr(type(full), work)
 
     def fails(cache: Any, *args: Any) -> Any:
         result = real(cache, *args)
         if cache is full:
+            if work == "paste":
+                # Half of it is written over.
+                cache.trim(cache.position)
+                getattr(toys.pair, model).prefill([PrefillJob(cache, [99] * 20)])
             raise OutOfMemory("memory ran out while keeping a text's beginning", remedy="None.")
         return result
 

@@ -143,8 +143,9 @@ def test_quick_models_are_measured_often():
 
 
 def test_a_first_step_that_sets_something_up_is_timed_again():
-    pair, clock = fakes(scale=2.0, busy_calls=range(1, 2))
-    assert measure_costs(pair, ServedRounds(1), clock).verify_at(1) == pytest.approx(0.12)
+    """There is no time for a second pass."""
+    pair, clock = fakes(scale=1.5, busy_calls=range(1, 2))
+    assert measure_costs(pair, ServedRounds(8), clock).verify_at(1) == pytest.approx(0.09)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
