@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 from examples import random_lora
 
-from draftloop.backends.base import PrefillJob
+from draftloop.backends.base import PrefillJob, Proposal, ProposeJob, VerifyJob
 from draftloop.backends.lora import AdapterForm
 from draftloop.backends.torch.native.library import SWITCH
+from draftloop.types import Rules, Sampling
 
 TOYS = [
     {},
@@ -101,3 +103,86 @@ def test_an_adapter_is_worn_at_once(model):
         assert np.abs(worn - bare).max() > 1e-3
     model.set_adapter(None, AdapterForm.UNFUSED)
     np.testing.assert_array_equal(model.logits(cache, (5,)), bare)
+
+
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temperature=0.7, top_p=0.9),
+    Sampling(temperature=1.0, top_k=20, min_p=0.02),
+]
+NUMBERS = np.random.default_rng(5).random(8).astype(np.float32)
+
+
+def proposed(model, cache, unread, sampling, k=4):
+    return model.propose([ProposeJob(cache, unread, k, Rules(sampling), NUMBERS[:k])])[0]
+
+
+def verdict(model, cache, proposal, sampling, *, trace=False):
+    k = proposal.num_tokens
+    return model.verify(
+        [VerifyJob(cache, 5, proposal, Rules(sampling), NUMBERS[:k], NUMBERS[: k + 1], trace=trace)]
+    )[0]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("unread", [(5,), (5, 6), (5, 6, 7, 8, 9)])
+def test_a_recorded_draft_equals_one_drawn_step_by_step(model, sampling, unread):
+    import torch
+
+    from draftloop.backends.torch.acceptance import drawn
+
+    for _ in range(2):
+        cache, other = filled(model), filled(model)
+        found = proposed(model, cache, unread, sampling)
+        assert cache.position == other.position + len(unread) + 3
+        if len(unread) > 2:
+            model.logits(other, unread[:-1])
+            unread = unread[-1:]
+        rows = torch.from_numpy(model.logits(other, unread)[-1:]).cuda()
+        for i in range(4):
+            token, q = drawn(rows, sampling, torch.from_numpy(NUMBERS[i : i + 1]).cuda())
+            assert int(found.tokens[i]) == int(token[0])
+            if q is not None:
+                torch.testing.assert_close(found.q[i], q[0], rtol=0, atol=0)
+            rows = torch.from_numpy(model.logits(other, (int(token[0]),))).cuda()
+
+
+@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_a_recorded_verification_decides_as_the_plain_one(model, sampling, trace):
+    from draftloop.backends.torch.acceptance import verdict_of
+
+    for guesses in ((6, 7, 8), tuple(proposed(model, filled(model), (5,), sampling).tokens.tolist()), ()):
+        cache, proposal = filled(model), Proposal(guesses, None, len(guesses))
+        found = verdict(model, cache, proposal, sampling, trace=trace)
+        import torch
+
+        rows = torch.from_numpy(model.logits(filled(model), (5, *guesses))).cuda()
+        k = len(guesses)
+        job = VerifyJob(cache, 5, proposal, Rules(sampling), NUMBERS[:k], NUMBERS[: k + 1], trace=trace)
+        wanted = verdict_of(rows, job)
+        assert (found.accepted_tokens, found.extra_token) == (wanted.accepted_tokens, wanted.extra_token)
+        assert found.alphas == pytest.approx(wanted.alphas)
+        if trace:
+            np.testing.assert_array_equal(found.trace.top_ids, wanted.trace.top_ids)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_a_round_waits_for_the_device_once(model, sampling):
+    import torch
+
+    def waits(run):
+        run()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(warning.message) for warning in caught)
+
+    proposal = proposed(model, filled(model), (5,), sampling)
+    drafts, caches = filled(model), filled(model)
+    assert waits(lambda: (proposed(model, drafts, (5,), sampling), drafts.trim(4))) == 0
+    assert waits(lambda: (verdict(model, caches, proposal, sampling), caches.trim(5))) == 1

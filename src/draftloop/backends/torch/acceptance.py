@@ -63,6 +63,16 @@ def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
 
 
+def drawn(
+    logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Columns [R] drawn from logits [R, V], and their distributions q [R, V]; None where they are points."""
+    if sampling.greedy:
+        return logits.argmax(dim=-1), None
+    probs = warp(logits, sampling)
+    return draw(probs, uniforms), probs
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What `decide` found, on the device: accepted and extra are scalars, alphas is [K]."""
@@ -115,23 +125,46 @@ def decide_greedily(logits: torch.Tensor, tokens: torch.Tensor) -> Decision:
 
 def verdict_of(logits: torch.Tensor, job: VerifyJob) -> Verdict:
     """[K+1, V] float32 logits of the target -> the verdict, brought to the host in one transfer."""
-    device, k = logits.device, job.proposal.num_tokens
-    tokens, q = _on_device(job.proposal, logits.shape[1], device)
+    device = logits.device
+    tokens, q = on_device(job.proposal, logits.shape[1], device)
+    uniforms = to_device(job.accept_uniforms, device), to_device(job.extra_uniforms, device)
     masked = mask(logits, job.rules)
-    if q is None and job.rules.sampling.greedy:
+    sampling = job.rules.sampling
+    row = outcome(logits, masked, tokens, q, uniforms=uniforms, sampling=sampling, trace=job.trace)
+    return told(row, job)
+
+
+def outcome(
+    logits: torch.Tensor,
+    masked: torch.Tensor,
+    tokens: torch.Tensor,
+    q: torch.Tensor | None,
+    *,
+    uniforms: tuple[torch.Tensor, torch.Tensor],
+    sampling: Sampling,
+    trace: bool,
+) -> torch.Tensor:
+    """What `told` reads, on the device and without waiting for it: one row of float64.
+
+    logits, masked: [K+1, V] float32; tokens: [K]; q: [K, V] or None; uniforms: [K] and [K+1].
+    """
+    if q is None and sampling.greedy:
         decision = decide_greedily(masked, tokens)
     else:
-        p = warp(masked, job.rules.sampling)
+        p = warp(masked, sampling)
         if q is not None and q.shape[1] > p.shape[1]:
             p = torch.nn.functional.pad(p, (0, q.shape[1] - p.shape[1]))
-        decision = decide(
-            p, q, tokens, to_device(job.accept_uniforms, device), to_device(job.extra_uniforms, device)
-        )
+        decision = decide(p, q, tokens, *uniforms)
     parts = [decision.accepted.view(1), decision.extra.view(1), tokens, decision.alphas]
-    if job.trace:
+    if trace:
         parts += _trace_parts(logits, tokens, q)
     # Ids are below 2^53, so one float64 array carries everything.
-    host = torch.cat([part.flatten().double() for part in parts]).cpu().numpy()
+    return torch.cat([part.flatten().double() for part in parts])
+
+
+def told(outcome_row: torch.Tensor, job: VerifyJob) -> Verdict:
+    """The verdict out of what `outcome` found: the one transfer to the host."""
+    k, host = job.proposal.num_tokens, outcome_row.cpu().numpy()
     accepted = int(host[0])
     return Verdict(
         drafted_tokens=tuple(int(token) for token in host[2 : 2 + k]),
@@ -147,9 +180,10 @@ def to_device(values: NDArray[np.float32], device: torch.device) -> torch.Tensor
     return torch.from_numpy(values.copy()).to(device, non_blocking=True)
 
 
-def _on_device(
+def on_device(
     proposal: Proposal, vocab_size: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A proposal's tokens [K] and q [K, at least V] or None, on `device`."""
     if isinstance(proposal.tokens, torch.Tensor):
         tokens = proposal.tokens
     else:

@@ -13,9 +13,10 @@ import torch
 
 from draftloop.backends.architecture import Architecture, read_architecture
 from draftloop.backends.base import Cache, Capabilities, PrefillJob, Proposal, ProposeJob, VerifyJob
-from draftloop.backends.torch.acceptance import draw, mask, to_device, verdict_of, warp
+from draftloop.backends.torch.acceptance import drawn, mask, to_device, verdict_of
 from draftloop.backends.torch.adapter import adapter_forms, deployed_layers
 from draftloop.backends.torch.cuda.graphs import graphed_steps
+from draftloop.backends.torch.cuda.rounds import MOST_UNREAD, drafted, verified
 from draftloop.backends.torch.decoder import Decoder, TorchCache
 from draftloop.backends.torch.head import CutHead
 from draftloop.backends.torch.memory import memory_errors
@@ -163,6 +164,17 @@ class TorchModel:
         return self._cut.followed_rows(hidden, example.tokens, example.num_prompt_tokens + start)
 
     def _propose(self, job: ProposeJob) -> Proposal:
+        ids = self._ids(job.unread)
+        if self._steps is not None and self._cut is None and isinstance(job.cache, TorchCache):
+            if len(ids) > MOST_UNREAD:
+                self._logits(job.cache, ids[:-1], last=True)
+                ids = ids[-1:]
+            proposal = drafted(self._steps, job.cache, ids, job)
+            if proposal is not None:
+                return proposal
+        return self._propose_by_steps(job, ids)
+
+    def _propose_by_steps(self, job: ProposeJob, ids: torch.Tensor) -> Proposal:
         rules = job.rules
         if self._cut is not None:
             self._cut.follow(job.text)
@@ -171,15 +183,11 @@ class TorchModel:
         uniforms = to_device(job.uniforms, self._device)
         tokens: list[torch.Tensor] = []
         rows: list[torch.Tensor] = []
-        ids = self._ids(job.unread)
         for step in range(job.num_draft_tokens):
             logits = self._logits(job.cache, ids, last=True)
             logits = mask(logits, rules, first_row=step)
-            if sampling.greedy:
-                columns = logits.argmax(dim=-1)
-            else:
-                rows.append(warp(logits, sampling))
-                columns = draw(rows[-1], uniforms[step : step + 1])
+            columns, row = drawn(logits, sampling, uniforms[step : step + 1])
+            rows += [] if row is None else [row]
             ids = columns if self._cut is None else self._cut.token_ids(columns)
             tokens.append(ids)
         q = self._spread(torch.cat(rows), 0.0) if rows else None
@@ -190,6 +198,10 @@ class TorchModel:
         if job.proposal.num_tokens:
             guesses = job.proposal.tokens
             ids = torch.cat((ids, guesses if isinstance(guesses, torch.Tensor) else self._ids(guesses)))
+        if self._steps is not None and self._cut is None and isinstance(job.cache, TorchCache):
+            verdict = verified(self._steps, job.cache, ids, job)
+            if verdict is not None:
+                return verdict
         return verdict_of(self._spread(self._logits(job.cache, ids), -torch.inf), job)
 
     def _spread(self, rows: torch.Tensor, elsewhere: float) -> torch.Tensor:

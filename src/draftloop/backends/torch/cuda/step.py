@@ -51,6 +51,7 @@ class Step:
         most_tiles = -(-MAX_ROWS * (shapes.num_heads // shapes.num_kv_heads) // kernels.TILE_ROWS)
         self._counters = torch.zeros(shapes.num_kv_heads * most_tiles, dtype=torch.int32, device=device)
         self._placed = (0, 0)
+        self._position = 0
         # A kernel may be set up while the one before it runs: from Hopper on.
         chained = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._chain: dict[str, Any] = {"chained": chained}
@@ -63,8 +64,18 @@ class Step:
         if where != self._placed:
             self._state.copy_(torch.tensor((where[0], 0, where[1])))
             self._placed = where
-        self._state[1].fill_(cache.position)
+        self._position = cache.position
+        self.rewind()
         self.tokens[: len(tokens)].copy_(tokens, non_blocking=True)
+
+    def follow(self, tokens: torch.Tensor, num_read: int) -> None:
+        """Launch: what `logits` reads next is `tokens` [T], behind the `num_read` that it read last."""
+        self._state[1:2].add_(num_read)
+        self.tokens[: len(tokens)].copy_(tokens)
+
+    def rewind(self) -> None:
+        """What is read next stands where it last was placed, for runs whose results nobody needs."""
+        self._state[1].fill_(self._position)
 
     def logits(self, rows: int) -> torch.Tensor:
         """Launch the step of the first `rows` tokens that were placed: [rows, V] float32."""
