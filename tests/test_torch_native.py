@@ -17,7 +17,7 @@ from draftloop.backends.torch.adapter import adapted_linear  # noqa: E402
 from draftloop.backends.torch.decoder import rope_tables  # noqa: E402
 from draftloop.backends.torch.linear import AffineWeight, dequantize, int4_linear  # noqa: E402
 from draftloop.backends.torch.native import library  # noqa: E402
-from draftloop.backends.torch.native.linear import NativeAdaptedLinear, NativeInt4Linear, native_unpack  # noqa: E402
+from draftloop.backends.torch.native.linear import NativeInt4Linear, native_unpack  # noqa: E402
 from draftloop.backends.torch.native.operations import NativeOperations  # noqa: E402
 from draftloop.backends.torch.operations import EagerOperations, Span, operations_for  # noqa: E402
 from draftloop.backends.torch.weights import Layer  # noqa: E402
@@ -102,7 +102,7 @@ def test_an_adapter_beside_a_product_is_added_to_it(ranks, stacked):
         # Two modules: each has ranks of its own, and one of them is not adapted in its last rows.
         b[: ranks // 2, 512:], b[ranks // 2 :, :512], b[:, 1024:] = 0, 0, 0
     layer = adapted_linear(base, a, b)
-    assert isinstance(layer, NativeAdaptedLinear)
+    assert isinstance(layer, NativeInt4Linear)
     y = layer(x)
     wanted = x.double() @ (dequantize(weight, torch.float64).T + a.double() @ b.double())
     torch.testing.assert_close(y.double(), wanted, rtol=2**-8, atol=2e-2)

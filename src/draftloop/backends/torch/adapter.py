@@ -23,7 +23,7 @@ from draftloop.backends.torch.linear import (
     int4_linear,
     int8_linear,
 )
-from draftloop.backends.torch.native.linear import NativeInt4Linear, native_adapted_linear
+from draftloop.backends.torch.native.linear import NativeInt4Linear
 from draftloop.backends.torch.requantize import shifted
 from draftloop.backends.torch.weights import layer_groups
 from draftloop.errors import ModelUnreadable
@@ -62,7 +62,7 @@ class AdaptedLinear:
 
 def adapted_linear(base: Linear, a: torch.Tensor, b: torch.Tensor) -> Linear:
     """An adapter beside `base`, by the fastest kernels that its device has: a [in, R]; b [R, out], scaled."""
-    native = native_adapted_linear(base, a, b) if isinstance(base, NativeInt4Linear) else None
+    native = base.with_adapter(a, b) if isinstance(base, NativeInt4Linear) else None
     return native or AdaptedLinear(base, a, b)
 
 

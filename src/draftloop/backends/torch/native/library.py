@@ -109,13 +109,12 @@ def _compiled() -> Path:
 
 def _loaded(path: Path, threads: int) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    library.dl_int4.argtypes = [c_void_p] * 5 + [c_long] * 4
-    library.dl_int4_adapted.argtypes = [*library.dl_int4.argtypes, *[c_void_p] * 4, *[c_long] * 2]
+    library.dl_multiply.argtypes, library.dl_multiply.restype = [c_void_p, c_void_p, c_void_p, c_long], c_int
     library.dl_unpack.argtypes = [c_void_p] * 4 + [c_long] * 3
     library.dl_norm.argtypes = [c_void_p] * 4 + [c_long] * 2 + [c_float]
     library.dl_gate.argtypes = [c_void_p] * 2 + [c_long] * 2
     library.dl_attend.argtypes = [c_void_p] * 9 + [c_long] * 6 + [c_float]
-    for name in ("int4", "int4_adapted", "unpack", "norm", "gate", "attend"):
+    for name in ("unpack", "norm", "gate", "attend"):
         getattr(library, f"dl_{name}").restype = None
     library.dl_start.argtypes, library.dl_start.restype = [c_int], c_int
     library.dl_start(threads)

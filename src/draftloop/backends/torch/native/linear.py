@@ -7,13 +7,13 @@ the bfloat16 they come in.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    import ctypes
     from collections.abc import Sequence
 
     from draftloop.backends.torch.linear import AffineWeight
@@ -26,97 +26,109 @@ _PACK_BLOCKS = 512
 """Blocks that are put in order at a time."""
 
 
-@dataclass(frozen=True, slots=True)
-class NativeInt4Linear:
-    """blocks: [out / 16, in / group, group / 8 + 1, 16] int32 (see `products.c`); bias: [out] or None."""
+class _Layer(ctypes.Structure):
+    """`Layer` of `products.c`: made once, so that a call passes four numbers."""
 
-    library: ctypes.CDLL
-    blocks: torch.Tensor
-    group_size: int
-    in_features: int
-    out_features: int
-    bias: torch.Tensor | None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Linear`."""
-        x, y, scratch = self._operands(x)
-        self.library.dl_int4(*self._arguments(x, y, scratch))
-        return y
-
-    def adapted(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        """The product with what `NativeAdaptedLinear` adds, rounded once."""
-        x, y, scratch = self._operands(x)
-        ranks = len(a) * _RANKS
-        inner = torch.empty(len(x), ranks)
-        pointers = (tensor.data_ptr() for tensor in (a, b, first, inner))
-        self.library.dl_int4_adapted(*self._arguments(x, y, scratch), *pointers, ranks, b.shape[1])
-        return y
-
-    def _operands(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Inputs as the kernel reads them, its outputs, its scratch."""
-        y = torch.empty(len(x), self.out_features, dtype=torch.bfloat16)
-        width = 2 * self.in_features + 8 * (self.in_features // self.group_size)
-        return x.contiguous(), y, torch.empty(len(x) * width, dtype=torch.uint8)
-
-    def _arguments(self, x: torch.Tensor, y: torch.Tensor, scratch: torch.Tensor) -> tuple[int | None, ...]:
-        return (
-            self.blocks.data_ptr(),
-            x.data_ptr(),
-            None if self.bias is None else self.bias.data_ptr(),
-            y.data_ptr(),
-            scratch.data_ptr(),
-            len(x),
-            self.in_features,
-            self.out_features,
-            self.group_size,
-        )
-
-    @property
-    def num_bytes(self) -> int:
-        """See `Linear`."""
-        return self.blocks.nbytes
+    _fields_ = (
+        ("weights", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("inputs", ctypes.c_long),
+        ("outputs", ctypes.c_long),
+        ("group", ctypes.c_long),
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("first_rank", ctypes.c_void_p),
+        ("ranks", ctypes.c_long),
+        ("span", ctypes.c_long),
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class NativeAdaptedLinear:
-    """base(x) + x · a · b in one pass over the weights.
+class NativeAdapter:
+    """What stands beside a product, x · a · b, in the kernel's order.
 
     a: [R / 4, in / 16, 4, 16] bfloat16, four ranks side by side; b: [out / 16, span, 16] bfloat16, the ranks
     that each block of outputs depends on, which begin with first [out / 16] int32: where modules are stacked,
     most of b is zero.
     """
 
-    base: NativeInt4Linear
     a: torch.Tensor
     b: torch.Tensor
     first: torch.Tensor
 
+
+class NativeInt4Linear:
+    """A 4-bit layer, and the adapter beside it if there is one: one pass over the weights, rounded once.
+
+    Args:
+        library: the kernels.
+        blocks: [out / 16, in / group, group / 8 + 1, 16] int32 (see `products.c`).
+        group_size: inputs that share a scale.
+        out_features: outputs; the last block may be filled up.
+        bias: [out] bfloat16 or None.
+        adapter: beside it, or None.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        blocks: torch.Tensor,
+        group_size: int,
+        out_features: int,
+        bias: torch.Tensor | None,
+        adapter: NativeAdapter | None = None,
+    ) -> None:
+        self._library, self._blocks, self._bias, self._adapter = library, blocks, bias, adapter
+        self._layer = _Layer(
+            weights=blocks.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            inputs=blocks.shape[1] * group_size,
+            outputs=out_features,
+            group=group_size,
+        )
+        if adapter is not None:
+            self._layer.a, self._layer.b = adapter.a.data_ptr(), adapter.b.data_ptr()
+            self._layer.first_rank = adapter.first.data_ptr()
+            self._layer.ranks, self._layer.span = len(adapter.a) * _RANKS, adapter.b.shape[1]
+        self._multiply, self._address = library.dl_multiply, ctypes.addressof(self._layer)
+        self._out_features = out_features
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Linear`."""
-        return self.base.adapted(x, self.a, self.b, self.first)
+        """See `Linear`.
+
+        Raises:
+            MemoryError: there is none for the rounded inputs.
+        """
+        x, count = x.contiguous(), len(x)
+        y = torch.empty(count, self._out_features, dtype=torch.bfloat16)
+        if not self._multiply(self._address, x.data_ptr(), y.data_ptr(), count):
+            raise MemoryError(f"no memory to multiply {count} rows")
+        return y
 
     @property
     def num_bytes(self) -> int:
         """See `Linear`."""
-        return self.base.num_bytes + self.a.nbytes + self.b.nbytes + self.first.nbytes
+        beside = self._adapter
+        adapter_bytes = 0 if beside is None else beside.a.nbytes + beside.b.nbytes + beside.first.nbytes
+        return self._blocks.nbytes + adapter_bytes
 
-
-def native_adapted_linear(
-    base: NativeInt4Linear, a: torch.Tensor, b: torch.Tensor
-) -> NativeAdaptedLinear | None:
-    """Put a [in, R] and b [R, out] beside `base`; None where the outputs do not fill whole registers."""
-    if a.dtype is not torch.bfloat16 or b.shape[1] % BLOCK_ROWS:
-        return None
-    ranks = len(b)
-    blocks = b.view(ranks, -1, BLOCK_ROWS).transpose(0, 1)
-    used = (blocks != 0).any(dim=-1).int()
-    begin = used.argmax(dim=1)
-    span = int((ranks - used.flip(1).argmax(dim=1) - begin).where(used.any(dim=1), 1).max())
-    first = begin.clamp(max=ranks - span)
-    rows = (first.unsqueeze(1) + torch.arange(span)).unsqueeze(-1).expand(-1, -1, BLOCK_ROWS)
-    whole = torch.nn.functional.pad(a.T, (0, 0, 0, -ranks % _RANKS))
-    by_task = whole.reshape(-1, _RANKS, len(a) // BLOCK_ROWS, BLOCK_ROWS).transpose(1, 2).contiguous()
-    return NativeAdaptedLinear(base, by_task, blocks.gather(1, rows).contiguous(), first.to(torch.int32))
+    def with_adapter(self, a: torch.Tensor, b: torch.Tensor) -> NativeInt4Linear | None:
+        """Put a [in, R] and b [R, out], scaled, beside it; None where the outputs fill no whole registers."""
+        if a.dtype is not torch.bfloat16 or b.shape[1] % BLOCK_ROWS:
+            return None
+        ranks = len(b)
+        blocks = b.view(ranks, -1, BLOCK_ROWS).transpose(0, 1)
+        used = (blocks != 0).any(dim=-1).int()
+        begin = used.argmax(dim=1)
+        span = int((ranks - used.flip(1).argmax(dim=1) - begin).where(used.any(dim=1), 1).max())
+        first = begin.clamp(max=ranks - span)
+        rows = (first.unsqueeze(1) + torch.arange(span)).unsqueeze(-1).expand(-1, -1, BLOCK_ROWS)
+        whole = torch.nn.functional.pad(a.T, (0, 0, 0, -ranks % _RANKS))
+        by_task = whole.reshape(-1, _RANKS, len(a) // BLOCK_ROWS, BLOCK_ROWS).transpose(1, 2).contiguous()
+        adapter = NativeAdapter(by_task, blocks.gather(1, rows).contiguous(), first.to(torch.int32))
+        return NativeInt4Linear(
+            self._library, self._blocks, self._layer.group, self._out_features, self._bias, adapter
+        )
 
 
 def native_int4_linear(
@@ -135,7 +147,7 @@ def native_int4_linear(
         to[:, :, :-1] = codes.view(len(to), groups, -1, BLOCK_ROWS)
         halves = [_by_lane(pair[first : first + step].to(torch.bfloat16), len(to)) for pair in pairs]
         to[:, :, -1] = torch.cat(halves, dim=-1).view(torch.int32)
-    return NativeInt4Linear(library, blocks, group_size, columns, rows, bias)
+    return NativeInt4Linear(library, blocks, group_size, rows, bias)
 
 
 def native_unpack(library: ctypes.CDLL, part: AffineWeight, rows: torch.Tensor) -> None:

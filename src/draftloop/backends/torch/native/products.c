@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define TILE 8       /* tokens that share one pass over the weights */
@@ -13,31 +14,36 @@
  * the codes are whole numbers, and sums of those are exact in any order. */
 typedef struct {
     const uint32_t *weights;
-    const bf16 *input;
-    const bf16 *bias;
-    bf16 *output;
-    long tokens, inputs, outputs, group;
+    const bf16 *bias; /* [N] or NULL */
+    long inputs, outputs, group;
     /* An adapter beside it adds (x · a) · b: a [R / RANKS, K / 16, RANKS, 16], b [N / 16, span, 16] with, for each
      * block, the `span` ranks from first_rank[block] on that it depends on. b is NULL where there is none. */
     const bf16 *a, *b;
-    const int32_t *first_rank;
-    float *inner; /* [T, R] */
+    const int32_t *first_rank; /* [N / 16] */
     long ranks, span;
+} Layer;
+
+typedef struct {
+    const Layer *layer;
+    const bf16 *input;
+    bf16 *output;
+    long tokens;
     int8_t *high, *low; /* [T, K]; each 8 inputs in the order 0 2 4 6 1 3 5 7, as the codes' nibbles come */
     float *scales, *sums; /* [T, K / group] */
+    float *inner; /* [T, R] */
 } Product;
 
 #define SMALLEST 1e-33f /* what is smaller counts as 0: its inverse would overflow */
 
 static void round_inputs(const Product *p, long t) {
-    long groups = p->inputs / p->group;
+    long groups = p->layer->inputs / p->layer->group;
     const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
     for (long g = 0; g < groups; g++) {
-        const bf16 *x = p->input + t * p->inputs + g * p->group;
-        int8_t *high = p->high + t * p->inputs + g * p->group, *low = p->low + t * p->inputs + g * p->group;
+        const bf16 *x = p->input + t * p->layer->inputs + g * p->layer->group;
+        int8_t *high = p->high + t * p->layer->inputs + g * p->layer->group, *low = p->low + t * p->layer->inputs + g * p->layer->group;
         __m512 largest = _mm512_setzero_ps();
         __mmask16 no_number = 0;
-        for (long k = 0; k < p->group; k += LANES) {
+        for (long k = 0; k < p->layer->group; k += LANES) {
             __m512 size = _mm512_abs_ps(load_bf16(x + k));
             largest = _mm512_max_ps(largest, size);
             no_number |= _mm512_cmp_ps_mask(size, _mm512_set1_ps(INFINITY), _CMP_NLT_UQ);
@@ -46,7 +52,7 @@ static void round_inputs(const Product *p, long t) {
         float inverse = most > SMALLEST ? 32512.f / most : 0.f;
         if (no_number) scale = NAN, inverse = 0.f;
         __m512i total = _mm512_setzero_si512();
-        for (long k = 0; k < p->group; k += 8) {
+        for (long k = 0; k < p->layer->group; k += 8) {
             __m256 values = _mm512_castps512_ps256(
                 widen(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(x + k)))));
             __m256i whole = _mm256_cvtps_epi32(_mm256_mul_ps(values, _mm256_set1_ps(inverse)));
@@ -66,15 +72,15 @@ static void round_inputs(const Product *p, long t) {
 
 static void inner_ranks(const Product *p, long rank) {
     for (long t = 0; t < p->tokens; t++) {
-        const bf16 *x = p->input + t * p->inputs, *a = p->a + rank * p->inputs;
+        const bf16 *x = p->input + t * p->layer->inputs, *a = p->layer->a + rank * p->layer->inputs;
         __m512 sums[RANKS];
         for (int r = 0; r < RANKS; r++) sums[r] = _mm512_setzero_ps();
-        for (long k = 0; k < p->inputs; k += LANES) {
+        for (long k = 0; k < p->layer->inputs; k += LANES) {
             __m512 values = load_bf16(x + k);
             for (int r = 0; r < RANKS; r += 2) _mm_prefetch((const char *)(a + r * LANES) + AHEAD_BYTES, _MM_HINT_T0);
             for (int r = 0; r < RANKS; r++, a += LANES) sums[r] = _mm512_fmadd_ps(values, load_bf16(a), sums[r]);
         }
-        for (int r = 0; r < RANKS; r++) p->inner[t * p->ranks + rank + r] = _mm512_reduce_add_ps(sums[r]);
+        for (int r = 0; r < RANKS; r++) p->inner[t * p->layer->ranks + rank + r] = _mm512_reduce_add_ps(sums[r]);
     }
 }
 
@@ -95,13 +101,15 @@ static inline __m512i four(const int8_t *x) {
 
 /* One block of 16 rows for M tokens from `first` on. */
 static inline __attribute__((always_inline)) void block_of(const Product *p, long block, long first, const int M) {
-    long groups = p->inputs / p->group, words = p->group / 8;
-    const uint32_t *w = p->weights + block * groups * (words + 1) * LANES;
+    long groups = p->layer->inputs / p->layer->group, words = p->layer->group / 8;
+    const uint32_t *w = p->layer->weights + block * groups * (words + 1) * LANES;
     const __m512i nibble = _mm512_set1_epi8(15);
-    const bf16 *b = p->b ? p->b + block * p->span * LANES : NULL;
+    const bf16 *b = p->layer->b ? p->layer->b + block * p->layer->span * LANES : NULL;
     __m512 sums[TILE];
     for (int m = 0; m < M; m++) sums[m] = _mm512_setzero_ps();
-    for (long r = 0; b && r < p->span; r += 2) _mm_prefetch((const char *)(b + r * LANES), _MM_HINT_T0);
+    /* The next block's: this one takes longer than memory does. */
+    for (long r = 0; b && r < p->layer->span; r += 2)
+        _mm_prefetch((const char *)(b + (p->layer->span + r) * LANES), _MM_HINT_T0);
     for (long g = 0; g < groups; g++) {
         __m512i high[TILE], low[TILE];
         for (int m = 0; m < M; m++) high[m] = low[m] = _mm512_setzero_si512();
@@ -110,9 +118,9 @@ static inline __attribute__((always_inline)) void block_of(const Product *p, lon
             __m512i codes = _mm512_loadu_si512(w);
             __m512i even = _mm512_and_si512(codes, nibble);
             __m512i odd = _mm512_and_si512(_mm512_srli_epi32(codes, 4), nibble);
-            long k = g * p->group + i * 8;
+            long k = g * p->layer->group + i * 8;
             for (int m = 0; m < M; m++) {
-                const int8_t *h = p->high + (first + m) * p->inputs + k, *l = p->low + (first + m) * p->inputs + k;
+                const int8_t *h = p->high + (first + m) * p->layer->inputs + k, *l = p->low + (first + m) * p->layer->inputs + k;
                 high[m] = _mm512_dpbusd_epi32(high[m], even, four(h));
                 low[m] = _mm512_dpbusd_epi32(low[m], even, four(l));
                 high[m] = _mm512_dpbusd_epi32(high[m], odd, four(h + 4));
@@ -129,17 +137,17 @@ static inline __attribute__((always_inline)) void block_of(const Product *p, lon
             sums[m] = _mm512_fmadd_ps(bias, _mm512_set1_ps(p->sums[at]), sums[m]);
         }
     }
-    long left = p->outputs - block * LANES;
+    long left = p->layer->outputs - block * LANES;
     __mmask16 mask = left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1);
     __m512 bias = _mm512_setzero_ps();
-    if (p->bias) bias = widen(_mm256_maskz_loadu_epi16(mask, p->bias + block * LANES));
-    for (long r = 0; b && r < p->span; r++, b += LANES) {
+    if (p->layer->bias) bias = widen(_mm256_maskz_loadu_epi16(mask, p->layer->bias + block * LANES));
+    for (long r = 0; b && r < p->layer->span; r++, b += LANES) {
         __m512 row = load_bf16(b);
-        const float *inner = p->inner + first * p->ranks + p->first_rank[block] + r;
-        for (int m = 0; m < M; m++) sums[m] = _mm512_fmadd_ps(_mm512_set1_ps(inner[m * p->ranks]), row, sums[m]);
+        const float *inner = p->inner + first * p->layer->ranks + p->layer->first_rank[block] + r;
+        for (int m = 0; m < M; m++) sums[m] = _mm512_fmadd_ps(_mm512_set1_ps(inner[m * p->layer->ranks]), row, sums[m]);
     }
     for (int m = 0; m < M; m++) {
-        bf16 *to = p->output + (first + m) * p->outputs + block * LANES;
+        bf16 *to = p->output + (first + m) * p->layer->outputs + block * LANES;
         _mm256_mask_storeu_epi16(to, mask, narrow(_mm512_add_ps(sums[m], bias)));
     }
 }
@@ -163,37 +171,39 @@ static void multiply_block(const Product *p, long block) {
 
 static void multiply_blocks(void *arguments, long index) {
     Product *p = arguments;
-    long blocks = (p->outputs + LANES - 1) / LANES, end = (index + 1) * BLOCKS_A_TASK;
+    long blocks = (p->layer->outputs + LANES - 1) / LANES, end = (index + 1) * BLOCKS_A_TASK;
     for (long b = index * BLOCKS_A_TASK; b < (end < blocks ? end : blocks); b++) multiply_block(p, b);
 }
 
-static void multiply(Product *p, char *scratch) {
-    long cells = p->tokens * (p->inputs / p->group);
-    p->scales = (float *)scratch, p->sums = p->scales + cells;
-    p->high = (int8_t *)(p->sums + cells), p->low = p->high + p->tokens * p->inputs;
-    long tasks = p->tokens + (p->b ? p->ranks / RANKS : 0);
+/* Memory that a thread that multiplies keeps, of so many bytes at least; NULL where there is none. */
+static char *scratch(size_t bytes) {
+    static _Thread_local char *kept;
+    static _Thread_local size_t size;
+    if (bytes > size) {
+        free(kept);
+        kept = malloc(bytes);
+        size = kept ? bytes : 0;
+    }
+    return kept;
+}
+
+/* input [T, K] bf16 -> output [T, N] bf16, rounded once; group a multiple of 16, with an adapter N too.
+ * Returns 0 where there is no memory. */
+int dl_multiply(const Layer *layer, const bf16 *input, bf16 *output, long tokens) {
+    long cells = tokens * (layer->inputs / layer->group), inner = layer->b ? tokens * layer->ranks : 0;
+    float *floats = (float *)scratch(sizeof(float) * (size_t)(2 * cells + inner) + 2 * (size_t)(tokens * layer->inputs));
+    if (!floats) return 0;
+    int8_t *high = (int8_t *)(floats + 2 * cells + inner);
+    Product p = {layer, input, output, tokens, high, high + tokens * layer->inputs, floats, floats + cells,
+                 floats + 2 * cells};
+    long tasks = tokens + (layer->b ? layer->ranks / RANKS : 0);
     if (tasks < TILE)
-        for (long i = 0; i < tasks; i++) prepare(p, i);
+        for (long i = 0; i < tasks; i++) prepare(&p, i);
     else
-        dl_run(prepare, p, tasks);
-    long blocks = (p->outputs + LANES - 1) / LANES;
-    dl_run(multiply_blocks, p, (blocks + BLOCKS_A_TASK - 1) / BLOCKS_A_TASK);
-}
-
-/* input [T, K] bf16, weights as above, bias [N] bf16 or NULL -> output [T, N] bf16; group a multiple of 16.
- * scratch: T · (2 K + 8 K / group) bytes, aligned to 4. */
-void dl_int4(const uint32_t *weights, const bf16 *input, const bf16 *bias, bf16 *output, char *scratch,
-             long tokens, long inputs, long outputs, long group) {
-    Product p = {weights, input, bias, output, tokens, inputs, outputs, group};
-    multiply(&p, scratch);
-}
-
-/* The same with an adapter beside it (see Product), rounded once: N a multiple of 16. inner: scratch of T · R. */
-void dl_int4_adapted(const uint32_t *weights, const bf16 *input, const bf16 *bias, bf16 *output, char *scratch,
-                     long tokens, long inputs, long outputs, long group, const bf16 *a, const bf16 *b,
-                     const int32_t *first_rank, float *inner, long ranks, long span) {
-    Product p = {weights, input, bias, output, tokens, inputs, outputs, group, a, b, first_rank, inner, ranks, span};
-    multiply(&p, scratch);
+        dl_run(prepare, &p, tasks);
+    long blocks = (layer->outputs + LANES - 1) / LANES;
+    dl_run(multiply_blocks, &p, (blocks + BLOCKS_A_TASK - 1) / BLOCKS_A_TASK);
+    return 1;
 }
 
 /* ---- unpacking, for training ------------------------------------------------------------------------ */
