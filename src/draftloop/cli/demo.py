@@ -58,7 +58,7 @@ DEMO_SETTINGS = (
 )
 """What makes a lesson of a few minutes worth having. They stand below `--set`, and are said aloud."""
 
-REQUESTS = 80
+REQUESTS = 64
 HELD_OUT = 4
 """Prompts of the same kind that are neither collected nor trained on."""
 DOMAIN = "quartermaster"
