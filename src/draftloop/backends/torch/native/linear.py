@@ -63,9 +63,9 @@ class NativeInt4Linear:
     Args:
         library: the kernels.
         blocks: [out / 16, in / group, group / 8 + 1, 16] int32 (see `products.c`).
+        bias: [out] bfloat16 or None.
         group_size: inputs that share a scale.
         out_features: outputs; the last block may be filled up.
-        bias: [out] bfloat16 or None.
         adapter: beside it, or None.
     """
 
@@ -73,9 +73,10 @@ class NativeInt4Linear:
         self,
         library: ctypes.CDLL,
         blocks: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
         group_size: int,
         out_features: int,
-        bias: torch.Tensor | None,
         adapter: NativeAdapter | None = None,
     ) -> None:
         self._library, self._blocks, self._bias, self._adapter = library, blocks, bias, adapter
@@ -127,7 +128,12 @@ class NativeInt4Linear:
         by_task = whole.reshape(-1, _RANKS, len(a) // BLOCK_ROWS, BLOCK_ROWS).transpose(1, 2).contiguous()
         adapter = NativeAdapter(by_task, blocks.gather(1, rows).contiguous(), first.to(torch.int32))
         return NativeInt4Linear(
-            self._library, self._blocks, self._layer.group, self._out_features, self._bias, adapter
+            self._library,
+            self._blocks,
+            self._bias,
+            group_size=self._layer.group,
+            out_features=self._out_features,
+            adapter=adapter,
         )
 
 
@@ -147,7 +153,7 @@ def native_int4_linear(
         to[:, :, :-1] = codes.view(len(to), groups, -1, BLOCK_ROWS)
         halves = [_by_lane(pair[first : first + step].to(torch.bfloat16), len(to)) for pair in pairs]
         to[:, :, -1] = torch.cat(halves, dim=-1).view(torch.int32)
-    return NativeInt4Linear(library, blocks, group_size, rows, bias)
+    return NativeInt4Linear(library, blocks, bias, group_size=group_size, out_features=rows)
 
 
 def native_unpack(library: ctypes.CDLL, part: AffineWeight, rows: torch.Tensor) -> None:
