@@ -354,3 +354,15 @@ def _evict(classroom, ids):
         connection.execute("PRAGMA foreign_keys = ON")
         connection.executemany("DELETE FROM requests WHERE id = ?", [(one,) for one in ids])
     connection.close()
+
+
+@pytest.mark.parametrize("measured", [{"speculative__temperature": 0}, {"storage__collect": "false"}, {}])
+def test_a_schedules_draft_is_judged_by_whatever_costs_were_measured(classroom, store, measured):
+    """Whoever answers with flags of his own measured under those; a constant K needs none."""
+    adaptive = {"speculative__schedule": "adaptive", "backend": "torch"}
+    assert classroom.school(store, **adaptive).by_width is None
+    classroom.engine(None, **adaptive, **measured)
+    school = classroom.school(store, **adaptive)
+    assert school.by_width is not None
+    assert school.by_width.verify_at(1) > 0
+    assert classroom.school(store).by_width is None

@@ -71,6 +71,10 @@ class FakeDraft:
     def new_cache(self) -> FakeCache:
         return FakeCache()
 
+    def prefill(self, batch):
+        (job,) = batch
+        job.cache.position += len(job.tokens)
+
     def propose(self, batch):
         (job,) = batch
         job.cache.position += len(job.unread) + job.num_draft_tokens - 1
@@ -243,6 +247,16 @@ def test_a_schedule_is_judged_at_the_fastest_depth(costs):
         cost = choose(FakeDraft(alphas(unfused=alpha)), by_width=BY_WIDTH).cost
         assert cost.fastest([[alpha] * ROWS] * 12, 4)[0] == depth
     assert choose(FakeDraft(alphas()), by_width=None).cost.fastest([[0.01] * ROWS], 4)[0] == 4
+
+
+def test_what_asking_costs_once_a_round_is_not_spread_over_its_tokens(costs):
+    """Three of each four milliseconds a proposal of four took were its own: one draft a round is dear."""
+    costs(0.004, 0.004, 0.005, 0.005, 0.005)
+    asking = RoundCosts(BY_WIDTH.verify_s, 0.001, 0.012, 0.0)
+    cost = choose(FakeDraft(alphas()), by_width=asking).cost
+    assert cost.round_s(0) == pytest.approx(0.05)
+    assert cost.round_s(1) == pytest.approx(0.012 + 0.002 + 0.06)
+    assert cost.round_s(4) == pytest.approx(0.012 + 4 * 0.002 + 0.2)
 
 
 def test_the_calibration_follows_the_machines_mood(costs):

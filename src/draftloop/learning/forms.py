@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from draftloop.backends.base import ProposeJob
 from draftloop.backends.lora import AdapterForm
 from draftloop.learning.replayed import RoundCost
 from draftloop.learning.student import student_quantile
 from draftloop.speculation.metrics import expected_rounds, tokens_per_round
-from draftloop.types import Rules, Sampling
+from draftloop.speculation.timing import time_proposals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -36,8 +34,6 @@ TIMED_PROPOSALS = 5
 INTERLEAVED_PASSES = 2
 VERIFY_DRAFTS = 3
 """Where no round was ever timed, a verification counts as so many drafted tokens."""
-CONTEXT_TOKENS = 64
-"""The draft drafts behind a short text: what a form costs does not depend on it."""
 MIN_COMPARED = 5
 """With fewer requests nothing is certain, and the plainest form stays."""
 CERTAINTY = 0.95
@@ -186,8 +182,8 @@ def choose_form(
     bare_s, incumbent_s = (statistics.median(one) for one in timings[:2])
     verify_s = _verify_seconds(timed_round, incumbent_s)
     now = by_width and _as_now(by_width, bare_s, num_draft_tokens)
-    bare_cost, incumbent_cost = (RoundCost(one, verify_s, now) for one in (bare_s, incumbent_s))
-    fitting = _Fitting(draft, examples, num_draft_tokens, bare_cost, compared, len(draft.adapter_forms))
+    fitting = _Fitting(draft, examples, num_draft_tokens, verify_s, now, compared, len(draft.adapter_forms))
+    bare_cost, incumbent_cost = (fitting.timed(one).cost for one in timings[:2])
     taken = fitting.replayed(best, fitting.timed(timings[2]), None)
     figures = {best.form: _figures(taken, None)}
     for form in draft.adapter_forms[1:]:
@@ -216,7 +212,8 @@ class _Fitting:
     """Tries outfits on the same examples.
 
     Attributes:
-        price: of the bare draft; every outfit's verification is the same.
+        cap: the largest K; drafts are timed at it.
+        verify_s, by_width: as in `RoundCost`; every outfit's verification is the same.
         compared: is told of each example's share.
         forms: how many there are.
     """
@@ -224,13 +221,17 @@ class _Fitting:
     draft: Model
     examples: Sequence[Example]
     cap: int
-    price: RoundCost
+    verify_s: float
+    by_width: RoundCosts | None
     compared: Callable[[float], None]
     forms: int
 
     def timed(self, timings: Sequence[float]) -> _Measured:
         """An outfit whose drafts took so long; nothing is replayed yet."""
-        cost = replace(self.price, draft_s=statistics.median(timings))
+        # What a proposal costs once is known apart; the timings spread it over its tokens.
+        once_s = 0.0 if self.by_width is None else self.by_width.draft_round_s / self.cap
+        draft_s = max(0.0, statistics.median(timings) - once_s)
+        cost = RoundCost(draft_s, self.verify_s, self.by_width)
         return _Measured((), cost, _median_error(timings), self.cap)
 
     def replayed(self, outfit: Outfit, timed: _Measured, rival: _Measured | None) -> _Measured:
@@ -278,11 +279,11 @@ def _verify_seconds(timed_round: TimedRound | None, draft_s: float) -> float:
 
 
 def _as_now(calibrated: RoundCosts, bare_s: float, num_draft_tokens: int) -> RoundCosts:
-    """The verification while the bare draft costs `bare_s`: the machine may be busier now than it was."""
+    """The costs while the bare draft costs `bare_s` a token: the machine may be busier now than it was."""
     then_s = calibrated.draft_s + calibrated.draft_round_s / num_draft_tokens
     slower = bare_s / then_s if then_s > 0 else 1.0
     points = tuple((width, seconds * slower) for width, seconds in calibrated.verify_s)
-    return replace(calibrated, verify_s=points)
+    return replace(calibrated, verify_s=points, draft_round_s=calibrated.draft_round_s * slower)
 
 
 def interleaved_draft_seconds(
@@ -293,23 +294,6 @@ def interleaved_draft_seconds(
     for _ in range(INTERLEAVED_PASSES):
         for seconds, outfit in zip(passes, outfits, strict=True):
             draft.set_adapter(outfit.lora, outfit.form)
-            proposals_s = _proposal_seconds(draft, num_draft_tokens)
+            proposals_s = time_proposals(draft, num_draft_tokens, TIMED_PROPOSALS)
             seconds.extend(one / num_draft_tokens for one in proposals_s)
     return passes
-
-
-def _proposal_seconds(draft: Model, num_draft_tokens: int) -> list[float]:
-    """Wall time of proposing K tokens behind a short text, several times."""
-    cache = draft.new_cache()
-    context = max(1, min(CONTEXT_TOKENS, cache.max_tokens - num_draft_tokens))
-    rules, uniforms = Rules(Sampling()), np.zeros(num_draft_tokens, np.float32)
-    seconds = []
-    for turn in range(TIMED_PROPOSALS + 1):
-        unread = [1] if turn else [1] * context
-        started_s = time.perf_counter()
-        proposal = draft.propose([ProposeJob(cache, unread, num_draft_tokens, rules, uniforms)])[0]
-        # A device works ahead of the host; reading a token waits for it.
-        int(proposal.tokens[-1])
-        seconds.append(time.perf_counter() - started_s)
-        cache.trim(num_draft_tokens)
-    return seconds[1:]

@@ -69,7 +69,8 @@ class RoundCost:
     Attributes:
         draft_s: seconds a drafted token.
         verify_s: seconds of everything else at the cap: the target's verification above all.
-        by_width: the verification by its width, where a schedule chooses K; None where K is constant.
+        by_width: where a schedule chooses K, the verification by its width, and what asking the draft costs
+            once a round; None where K is constant.
     """
 
     draft_s: float
@@ -78,8 +79,11 @@ class RoundCost:
 
     def round_s(self, num_draft_tokens: int) -> float:
         """Seconds of a round that drafts K tokens."""
-        verify_s = self.verify_s if self.by_width is None else self.by_width.verify_at(num_draft_tokens + 1)
-        return num_draft_tokens * self.draft_s + verify_s
+        drafts_s = num_draft_tokens * self.draft_s
+        if self.by_width is None:
+            return drafts_s + self.verify_s
+        asking_s = self.by_width.draft_round_s if num_draft_tokens else 0.0
+        return drafts_s + asking_s + self.by_width.verify_at(num_draft_tokens + 1)
 
     def fastest(self, alphas: Sequence[Sequence[float]], cap: int) -> tuple[int, Floats]:
         """The K that answers these requests in the fewest seconds, and each one's expected rounds at it, [n].
