@@ -357,8 +357,11 @@ def _evict(classroom, ids):
 
 
 @pytest.mark.parametrize("measured", [{"speculative__temperature": 0}, {"storage__collect": "false"}, {}])
-def test_a_schedules_draft_is_judged_by_whatever_costs_were_measured(classroom, store, measured):
+def test_a_schedules_draft_is_judged_by_whatever_costs_were_measured(
+    classroom, store, measured, monkeypatch, tmp_path
+):
     """Whoever answers with flags of his own measured under those; a constant K needs none."""
+    monkeypatch.setenv("DRAFTLOOP_CACHE", str(tmp_path / "cache"))
     adaptive = {"speculative__schedule": "adaptive", "backend": "torch"}
     assert classroom.school(store, **adaptive).by_width is None
     classroom.engine(None, **adaptive, **measured)
