@@ -28,6 +28,13 @@ def test_what_a_text_adds(ids, text):
     assert cut.with_text(text, 70).ids.tolist() == sorted(held | {token for token in text if token < 70})
 
 
+@given(kept)
+def test_what_was_written_is_read_back(ids):
+    cut = CutVocabulary(ids)
+    assert CutVocabulary.from_plain(cut.to_plain()).ids.tolist() == ids.tolist()
+    assert CutVocabulary.from_plain(cut.to_plain()).name == cut.name
+
+
 def test_rules_are_told_in_columns():
     rules = Rules(Sampling(temperature=0.5), masked_ids=(4, 5, 9), masked_rows=3)
     cut = CutVocabulary(np.array([2, 5, 9], np.int32))

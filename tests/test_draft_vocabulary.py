@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import pupils
+from draftloop.errors import StorageError
 from draftloop.learning.circle import learn
+from draftloop.learning.recipe import Recipe
 from draftloop.learning.selection import select
 from draftloop.models.memory import plan_memory
 from pupils import Watched, ask
@@ -123,6 +125,33 @@ class TestTraining:
         assert cut.alpha_before < uncut.alpha_before - 0.02
         recipe = store.runs.get(cut.run).recipe
         assert recipe["facts"]["draft_vocabulary"] == school.vocabulary.name
+
+    def test_a_resumed_run_is_judged_with_the_cut_of_its_day(self, classroom, store):
+        """The setting has changed, or a new version has come, since it was stopped."""
+        judging = Watched()
+        stopped = learn(
+            classroom.school(store, speculative__draft_vocabulary=KEPT),
+            judging,
+            lambda: judging.judged_share > 0,
+        )
+        assert stopped.status == "interrupted"
+        run = store.runs.latest(classroom.pair)
+        resumed = learn(classroom.school(store), Watched(), lambda: False, resume=True)
+        store.adapters.activate(classroom.pair, None)
+        store.requests.mark_untrained(resumed.adapter)
+        whole = learn(classroom.school(store), Watched(), lambda: False)
+        assert resumed.run == run.id
+        assert resumed.alpha_before < whole.alpha_before - 0.02
+
+    def test_a_run_of_an_older_version_is_judged_with_todays_cut(self, classroom, store):
+        school = classroom.school(store, speculative__draft_vocabulary=KEPT)
+        outcome = learn(school, Watched(), lambda: False)
+        told = dict(store.runs.get(outcome.run).recipe)
+        assert Recipe.from_json(told).cut(None).name == school.vocabulary.name
+        del told["vocabulary"]
+        assert Recipe.from_json(told).cut(school.vocabulary) is school.vocabulary
+        with pytest.raises(StorageError, match="recipe cannot be read"):
+            Recipe.from_json({**told, "vocabulary": "no ids"})
 
 
 def test_costs_are_remembered_for_each_size(classroom, tmp_path, monkeypatch):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 from cli_runner import settings
@@ -198,3 +201,16 @@ def test_doctor_says_what_is_missing_and_leaves_with_1(draftloop, toys_on_numpy,
     facts = json.loads(draftloop(*toys_on_numpy, *settings(**changes), "doctor", "--json").out)
     assert facts["usable"] is False
     assert any(word in problem for problem in facts["problems"])
+
+
+def test_doctor_goes_on_where_the_store_cannot_be_read(draftloop, toys_on_numpy):
+    """It opens, and only what decides the draft's vocabulary fails."""
+    adaptive = {"speculative.schedule": "adaptive", "speculative.draft_vocabulary": 50}
+    options = [*toys_on_numpy, *settings(**adaptive)]
+    draftloop(*options, "generate", "hello", "--max-tokens", "4", "--json")
+    (database,) = Path.cwd().rglob("draftloop.sqlite")
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("ALTER TABLE pairs RENAME TO lost")
+    result = draftloop(*options, "doctor", "--json")
+    assert result.exit_status == 0
+    assert result.json["pair"]["memory"]["generation_fits"]

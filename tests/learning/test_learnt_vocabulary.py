@@ -97,8 +97,47 @@ def test_a_version_lasts_until_answers_have_doubled(store):
     first = choose(store, 300)
     tell(store, 14, np.arange(70_000, 70_100), first_seed=17)
     assert choose(store, 300).tolist() == first.tolist()
-    tell(store, 2, np.arange(70_000, 70_100), first_seed=31)
+    tell(store, 3, np.arange(70_000, 70_100), first_seed=31)
     assert np.isin(np.arange(70_000, 70_100), choose(store, 300)).sum() > 50
+
+
+def test_a_version_lasts_though_its_answers_make_room_for_others(tmp_path):
+    """At its size bound each answer evicts one, and what is stored never doubles."""
+    with open_store(tmp_path, max_megabytes=1) as store:
+        answers = 0
+
+        def go_on(count):
+            nonlocal answers
+            for _ in range(count):
+                tell(store, 1, np.arange(60_000 + 20 * answers, 60_100 + 20 * answers), first_seed=answers)
+                answers += 1
+
+        go_on(60)
+        while store.requests.count() == answers:
+            go_on(1)
+        first, chosen_at = choose(store, 300), answers
+        while answers < 2 * chosen_at - 1:
+            go_on(1)
+            assert choose(store, 300).tolist() == first.tolist()
+        assert store.requests.list(PAIR)[0].id > chosen_at // 2
+        go_on(1)
+        assert choose(store, 300).tolist() != first.tolist()
+
+
+def test_each_wish_has_a_version_of_its_own(store):
+    tell(store, 17, np.arange(60_000, 60_100))
+    other = replace(WANTED, always=frozenset({7_777}))
+    assert [len(choose(store, 300)), len(choose(store, 400)), len(choose(store, 300))] == [302, 402, 302]
+    assert 7_777 in choose(store, 300, other)
+    assert 7_777 not in choose(store, 300)
+
+
+def test_a_store_that_is_only_read_teaches_and_remembers_nothing(store, tmp_path):
+    tell(store, 17, np.arange(60_000, 60_100))
+    with open_store(tmp_path, max_megabytes=100, read_only=True) as reader:
+        assert np.isin(np.arange(60_000, 60_100), choose(reader, 300)).all()
+        tell(store, 1, np.arange(70_000, 70_100), first_seed=17)
+        assert np.isin(np.arange(70_000, 70_100), choose(reader, 300)).any()
 
 
 class TestAuto:
@@ -119,8 +158,9 @@ class TestAuto:
         assert choose(store, "auto") is None
 
     def test_one_domain_that_is_not_covered_is_enough_to_cut_nothing(self, store):
-        tell(store, 240, np.arange(60_000, 60_300))
+        tell(store, 140, np.arange(60_000, 60_300))
         assert choose(store, "auto") is not None
+        tell(store, 140, np.arange(60_000, 60_300), first_seed=140)
         for first in range(20):
             tokens = np.arange(75_000 + 64 * first, 75_064 + 64 * first)
             tell(store, 1, tokens, first_seed=300 + first, domain="中文")

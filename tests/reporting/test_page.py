@@ -230,6 +230,7 @@ def test_a_recipe_is_listed_without_its_long_lists(full: Stored) -> None:
         "parent": None,
         "replay": [],
         "checkpointing": True,
+        "vocabulary": "AbC" * 1000,
     }
     runs = [replace(full.runs[0], recipe=recipe), *full.runs[1:]]
     words = outline(replace(full, runs=runs)).words
@@ -241,6 +242,7 @@ def test_a_recipe_is_listed_without_its_long_lists(full: Stored) -> None:
         "parent none",
         "replay none",
         "checkpointing true",
+        "vocabulary 3,000 characters",
     ):
         assert said in words
     assert "a domain of many" not in words

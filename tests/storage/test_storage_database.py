@@ -95,7 +95,9 @@ class TestVersions:
                 RunPoint(1, 0.5, None, None, None, 0.75),
             ]
             assert store.requests.stored_bytes() == sum(one.stored_bytes for one in listed)
-            assert store.requests.add(make_request()) == 4
+            assert store.vocabularies.answer_tokens(PAIR) == 3
+            assert store.requests.add(make_request(rows=5)) == 4
+            assert store.vocabularies.answer_tokens(PAIR) == 8
 
     def test_an_older_one_is_migrated_with_its_rows(self, tmp_path: Path) -> None:
         path = stored(tmp_path)

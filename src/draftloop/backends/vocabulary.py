@@ -6,6 +6,7 @@ order of the ids, so that ties still go to the lower id. Must not know how the i
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -43,6 +44,22 @@ class CutVocabulary:
         """Tells one cut from another: how many tokens, and a digest of their ids."""
         content = np.ascontiguousarray(self.ids, "<i4").tobytes()
         return f"{len(self.ids)}-{hashlib.sha256(content).hexdigest()[:8]}"
+
+    def to_plain(self) -> str:
+        """The ids as base64, a bit for each id from 0 on: some 25 KB, whichever were kept."""
+        bits = np.zeros(int(self.ids[-1]) + 1, bool)
+        bits[self.ids] = True
+        return base64.b64encode(np.packbits(bits).tobytes()).decode("ascii")
+
+    @classmethod
+    def from_plain(cls, plain: str) -> CutVocabulary:
+        """What `to_plain` wrote.
+
+        Raises:
+            ValueError: it is no base64, or holds no ids.
+        """
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(plain, validate=True), np.uint8))
+        return cls(np.flatnonzero(bits).astype(np.int32))
 
     def columns(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """Where these tokens stand; those that were cut off are left out."""

@@ -144,11 +144,10 @@ def _costs_known(config: Config, prepared: Prepared) -> RoundCosts | None:
     from draftloop.loading import costs_known, open_storage
 
     try:
-        store = open_storage(config, read_only=True)
+        with open_storage(config, read_only=True) as store:
+            return costs_known(config, prepared, store)
     except StorageError:
         return costs_known(config, prepared, None)
-    with store:
-        return costs_known(config, prepared, store)
 
 
 def problems_of(facts: Facts) -> list[str]:

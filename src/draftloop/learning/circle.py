@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from draftloop.errors import DraftloopError, InputError, StorageError
 from draftloop.learning.checkpoints import remove_checkpoint
-from draftloop.learning.recipe import Recipe
+from draftloop.learning.recipe import WHOLE_HEAD, Recipe
 from draftloop.learning.run import Outcome, Run, checkpoint_of, run_folder
 from draftloop.learning.selection import Selection, replay_sample, select
 from draftloop.learning.tensorboard import TensorBoardWatcher, require_tensorboard
@@ -222,6 +222,7 @@ def _new_run(school: School, selection: Selection) -> RunRecord:
         timed_round=selection.timed_round,
         facts=school.facts,
         by_width=school.by_width,
+        vocabulary=WHOLE_HEAD if school.vocabulary is None else school.vocabulary.to_plain(),
     )
     run_id = school.store.runs.start(school.pair, recipe.parent, recipe.to_json())
     run = school.store.runs.get(run_id)

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
+from draftloop.backends.vocabulary import CutVocabulary
 from draftloop.config.schema import TrainingSettings
 from draftloop.errors import StorageError
 from draftloop.learning.replayed import TimedRound
@@ -19,6 +18,7 @@ from draftloop.speculation.costs import RoundCosts
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+WHOLE_HEAD = "full"
 _LISTS = ("failures", "replay", "validation", "gate", "gate_domains")
 
 
@@ -36,6 +36,8 @@ class Recipe:
         parent: the adapter it goes on from.
         timed_round: what a round with the incumbent took, None where no request with drafts was stored.
         by_width: what rounds were calibrated to cost, where a schedule chooses K; else None.
+        vocabulary: what the draft's head was cut to (`CutVocabulary.to_plain`); `full` where it was whole,
+            None where an older version made the run.
         facts: digests of the draft, versions, device: not read back.
     """
 
@@ -52,6 +54,7 @@ class Recipe:
     timed_round: TimedRound | None
     facts: Mapping[str, Any]
     by_width: RoundCosts | None = None
+    vocabulary: str | None = None
 
     @property
     def learnt(self) -> tuple[int, ...]:
@@ -62,6 +65,12 @@ class Recipe:
     def last_request(self) -> int:
         """The newest request that it knows."""
         return max((0, *self.failures, *self.replay, *self.validation, *self.gate))
+
+    def cut(self, today: CutVocabulary | None) -> CutVocabulary | None:
+        """What the gate cuts the draft's head to; `today` is for runs that do not tell."""
+        if self.vocabulary is None:
+            return today
+        return None if self.vocabulary == WHOLE_HEAD else CutVocabulary.from_plain(self.vocabulary)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -85,8 +94,10 @@ class Recipe:
             costs = values.get("by_width")
             by_width = costs and replace(RoundCosts(**costs), verify_s=tuple(map(tuple, costs["verify_s"])))
             found = {"settings": settings, "timed_round": timed, "by_width": by_width}
-            return cls(**{**values, **ids, **found})
-        except (KeyError, TypeError, ValidationError) as error:
+            recipe = cls(**{**values, **ids, **found})
+            recipe.cut(None)
+            return recipe
+        except (KeyError, TypeError, ValueError) as error:
             raise StorageError(
                 f"the run's recipe cannot be read: {error}", remedy="Train without --resume."
             ) from error

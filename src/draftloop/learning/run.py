@@ -233,7 +233,7 @@ class Run:
         draft = school.backend.load(
             school.draft_folder,
             max_kv_cache_tokens=max(recipe.settings.max_sequence_length, recipe.num_draft_tokens + 2),
-            vocabulary=school.vocabulary,
+            vocabulary=recipe.cut(school.vocabulary),
         )
         return judge_candidate(
             draft,

@@ -1,11 +1,12 @@
 """Which tokens the draft's cut head keeps: those that the target emits, learnt from what is stored.
 
-Contract: reads the store and changes nothing. The same stored answers give the same tokens, and more of
-them change the choice only each time they have doubled, so that a version lasts. Must not know a backend.
+Contract: a version is chosen once, from the answers that are stored then, and remembered beside them until
+the pair has said twice as much; what is evicted meanwhile changes nothing. Must not know a backend.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from draftloop.backends.vocabulary import CutVocabulary
-from draftloop.errors import RecordLost
+from draftloop.errors import RecordLost, StorageError
+from draftloop.storage.records import VocabularyVersion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +33,7 @@ FIRST_TOKENS = 1_024
 AUTO_TOKENS = 8_192
 """With fewer, `auto` cuts nothing: what they lack is mostly what was not asked yet."""
 WINDOW_TOKENS = 65_536
-"""No more of them are read, the newest of a version: that is done at each start."""
+"""No more of them are read, the newest."""
 LEAST_PROBABILITY = 0.001
 """What the target holds for less likely teaches nothing: there is so much of it that it would drive out what
 is frequent. (It helps where the lowest ids are of little use, as in Chinese, and hurts where they are.)"""
@@ -68,7 +70,8 @@ def choose_vocabulary(
     """What `speculative.draft_vocabulary` means for this pair now; None leaves the head whole.
 
     Args:
-        store: whose answers teach; None where there is none, or it is not to be used.
+        store: whose answers teach, and where the version is remembered if it can be written; None where there
+            is none, or it is not to be used.
         pair: whose answers.
         setting: a number of tokens, `auto` or `full`.
         wanted: what may be kept.
@@ -81,15 +84,52 @@ def choose_vocabulary(
         return None
     if setting == "full" or (setting != "auto" and setting >= usable):
         return None
-    taught = _taught([] if store is None else _teachers(store, pair), usable, from_text=wanted.from_text)
-    size = _safe_size(taught, usable) if setting == "auto" else setting
-    if size is None:
+    told_tokens = 0 if store is None else store.vocabularies.answer_tokens(pair)
+    if store is None or told_tokens < (AUTO_TOKENS if setting == "auto" else FIRST_TOKENS):
+        ids = _chosen_ids([], setting, wanted)
+    else:
+        ids = _version(store, pair, setting, wanted, told_tokens).ids
+    if not len(ids):
         logger.debug("the draft's head stays whole: no cut is known to be safe yet")
         return None
-    kept = np.union1d(_most_wanted(taught.weights.sum(axis=0), size), sorted(wanted.always))
-    cut = CutVocabulary(kept[kept < wanted.draft_tokens].astype(np.int32))
+    cut = CutVocabulary(ids)
     logger.debug("the draft's head keeps %s of %d tokens", cut.name, wanted.draft_tokens)
     return cut
+
+
+def _version(
+    store: Store, pair: PairKey, setting: int | Literal["auto"], wanted: Wanted, told_tokens: int
+) -> VocabularyVersion:
+    """The version that is remembered; a new one, remembered from now on, once it has served its time."""
+    always = sorted(wanted.always)
+    wish = json.dumps([setting, wanted.draft_tokens, wanted.known_tokens, wanted.from_text, always])
+    try:
+        version = store.vocabularies.recall(pair, wish)
+    except RecordLost as error:
+        logger.debug("%s", error)
+        version = None
+    if version is not None and told_tokens < 2 * version.answer_tokens:
+        return version
+    version = VocabularyVersion(told_tokens, _chosen_ids(_teachers(store, pair), setting, wanted))
+    try:
+        store.vocabularies.remember(pair, wish, version)
+    except StorageError as error:
+        # Who only reads may be shown it; who answers comes later and remembers.
+        logger.debug("this vocabulary is not remembered: %s", error)
+    return version
+
+
+def _chosen_ids(
+    teachers: Sequence[RequestRecord], setting: int | Literal["auto"], wanted: Wanted
+) -> NDArray[np.int32]:
+    """The tokens to keep, ascending; none where `auto` leaves the head whole."""
+    usable = min(wanted.draft_tokens, wanted.known_tokens)
+    taught = _taught(teachers, usable, from_text=wanted.from_text)
+    size = _safe_size(taught, usable) if setting == "auto" else setting
+    if size is None:
+        return np.empty(0, np.int32)
+    kept = np.union1d(_most_wanted(taught.weights.sum(axis=0), size), sorted(wanted.always))
+    return kept[kept < wanted.draft_tokens].astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,22 +191,16 @@ def _safe_size(taught: Taught, usable: int) -> int | None:
 
 
 def _teachers(store: Store, pair: PairKey) -> list[RequestRecord]:
-    """The answers that the present version is learnt from, oldest first.
-
-    A version ends where all answers together reach FIRST_TOKENS, or twice, four times … as many.
-    """
-    summaries = store.requests.list(pair)
-    ends = np.cumsum([one.num_answer_tokens for one in summaries])
-    if not len(ends) or ends[-1] < FIRST_TOKENS:
-        return []
-    end = FIRST_TOKENS << int(ends[-1] // FIRST_TOKENS).bit_length() - 1
-    chosen = [
-        one.id
-        for one, last in zip(summaries, ends.tolist(), strict=True)
-        if end - WINDOW_TOKENS < last <= end
-    ]
+    """The answers that a version is learnt from: the newest, oldest first."""
+    chosen: list[int] = []
+    tokens = 0
+    for one in reversed(store.requests.list(pair)):
+        if tokens >= WINDOW_TOKENS:
+            break
+        chosen.append(one.id)
+        tokens += one.num_answer_tokens
     records = []
-    for identity in chosen:
+    for identity in reversed(chosen):
         try:
             records += store.requests.load([identity])
         except RecordLost as error:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 LISTED_VALUES = 10
 """A longer list of a recipe is told by its length."""
+SHOWN_CHARACTERS = 200
+"""So is a longer text: the packed ids of a cut head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +189,8 @@ def _setting_shown(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if not isinstance(value, list | tuple):
-        return str(value)
+        text = str(value)
+        return text if len(text) <= SHOWN_CHARACTERS else f"{len(text):,} characters"
     if all(isinstance(one, int) for one in value):
         return f"{count(len(value), 'request')}, {min(value)} to {max(value)}"
     return ", ".join(map(str, value)) if len(value) <= LISTED_VALUES else f"{len(value):,} values"

@@ -268,3 +268,16 @@ class RunPoint:
     learning_rate: float | None
     gradient_norm: float | None
     validation_alpha: float | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VocabularyVersion:
+    """What a draft's head was cut to, for one pair and one wish.
+
+    Attributes:
+        answer_tokens: of all answers that the pair had given when it was chosen.
+        ids: [n] int32, the kept tokens, ascending; none where the head was left whole.
+    """
+
+    answer_tokens: int
+    ids: NDArray[np.int32]

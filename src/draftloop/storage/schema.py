@@ -124,4 +124,15 @@ _VOCABULARIES: Migration = (
     "ALTER TABLE requests ADD COLUMN vocabulary TEXT",
 )
 
-MIGRATIONS: Sequence[Migration] = (_FIRST, _SUFFIX_ROUNDS, _VOCABULARIES)
+# Both outlive the requests, which make room for others.
+_VOCABULARY_VERSIONS: Migration = (
+    "ALTER TABLE pairs ADD COLUMN answer_tokens INTEGER NOT NULL DEFAULT 0",
+    "UPDATE pairs SET answer_tokens = "
+    "(SELECT coalesce(sum(num_answer_tokens), 0) FROM requests WHERE pair_id = pairs.id)",
+    "CREATE TRIGGER answer_counted AFTER INSERT ON requests BEGIN "
+    "UPDATE pairs SET answer_tokens = answer_tokens + new.num_answer_tokens WHERE id = new.pair_id; END",
+    "CREATE TABLE vocabulary_versions (pair_id INTEGER NOT NULL REFERENCES pairs (id), wanted TEXT NOT NULL, "
+    "answer_tokens INTEGER NOT NULL, ids BLOB NOT NULL, PRIMARY KEY (pair_id, wanted))",
+)
+
+MIGRATIONS: Sequence[Migration] = (_FIRST, _SUFFIX_ROUNDS, _VOCABULARIES, _VOCABULARY_VERSIONS)

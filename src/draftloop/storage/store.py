@@ -1,7 +1,7 @@
 """The store: everything that Draftloop remembers, in one file.
 
-Contract: `<directory>/draftloop.sqlite` holds requests, adapters and runs. Several processes may have it
-open; one writes at a time. Must not know models, backends or what learning does with the rows.
+Contract: `<directory>/draftloop.sqlite` holds requests, adapters, runs and vocabularies. Several processes
+may have it open; one writes at a time. Must not know models, backends or what learning does with the rows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from draftloop.storage.adapters import Adapters
 from draftloop.storage.database import open_database, open_for_reading
 from draftloop.storage.requests import Requests
 from draftloop.storage.runs import Runs
+from draftloop.storage.vocabularies import Vocabularies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ class Store:
         requests: requests with their traces.
         adapters: adapters and which one is active.
         runs: training runs and their curves.
+        vocabularies: what the draft's head was cut to.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Store:
         self.requests = Requests(database, max_megabytes=max_megabytes, failure_threshold=failure_threshold)
         self.adapters = Adapters(database, self.requests, clock)
         self.runs = Runs(database, clock)
+        self.vocabularies = Vocabularies(database)
 
     @property
     def path(self) -> Path:

@@ -48,23 +48,37 @@ class CutHead:
         self._rows_of = rows_of
         self._vocab_size = vocab_size
         self._beside: tuple[Linear, torch.Tensor] | None = None
+        self._text: list[int] = []
         self._added = np.empty(0, np.int32)
         self._ids = torch.tensor(chosen.ids, dtype=torch.long, device=device)
 
     def follow(self, text: Sequence[int] | NDArray[np.int32]) -> None:
-        """Keep the tokens of this text beside those that were chosen, and of no other text."""
+        """Keep the tokens of this text beside those that were chosen, and of no other text.
+
+        Where it raises, the text before is still followed.
+        """
         if self._rows_of is None:
             return
-        added = self.chosen.missing(text, self._vocab_size)
-        if np.array_equal(added, self._added):
-            return
-        device, self._added, self._beside = self._ids.device, added, None
+        tokens = text if isinstance(text, list) else np.asarray(text, np.int32).tolist()
+        # A text mostly grows: to sort all of a long one each round would take longer than the head saves.
+        known = len(self._text)
+        grown = tokens[:known] == self._text
+        fresh = tokens[known:] if grown else tokens
+        missing = self.chosen.missing(fresh, self._vocab_size)
+        added = np.union1d(self._added, missing) if grown else missing
+        if not np.array_equal(added, self._added):
+            self._add(added, self._rows_of)
+        self._text = self._text + fresh if grown else [*fresh]
+
+    def _add(self, added: NDArray[np.int32], rows_of: Callable[[NDArray[np.int32]], Linear]) -> None:
+        """Put these rows, and no others, beside the chosen ones. Memory may run out: assign last."""
+        device = self._ids.device
         ids = np.concatenate((self.chosen.ids, added))
         order = np.argsort(ids)
-        if len(added):
-            self._beside = self._rows_of(added), torch.tensor(order, device=device)
-        self.vocabulary = self.chosen.with_text(added, self._vocab_size)
+        beside = (rows_of(added), torch.tensor(order, device=device)) if len(added) else None
         self._ids = torch.tensor(ids[order], dtype=torch.long, device=device)
+        self.vocabulary = self.chosen.with_text(added, self._vocab_size)
+        self._added, self._beside = added, beside
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, n] float32."""
