@@ -14,6 +14,7 @@ from draftloop.speculation.schedule import (
     PROBE_ROUNDS,
     PROBE_SHARE,
     AdaptivePace,
+    Probes,
     Schedule,
     Timed,
     best_choice,
@@ -355,3 +356,25 @@ def test_a_probe_whose_round_a_match_takes_is_made_later():
         seen.append(k > 0)
         pace.observe(Timed(2 if matched else k, k > 0 and not matched, 0, (), None))
     assert seen == [True] * (2 * PROBE_ROUNDS) + [False] * 4
+
+
+def test_a_postponed_probe_pays_for_what_the_backlog_has_grown():
+    """What is charged covers what is read: once where nothing grew, and the rest where matches wrote on."""
+    probes = Probes(1.0)
+    assert probes.due(0.5, 0.0)
+    probes.postpone()
+    assert probes.due(7.0, 0.0)
+    assert probes.due(0.0, 0.0)
+    probes.postpone()
+    assert not probes.due(1.1, 0.0)
+
+
+def test_a_postponed_probe_that_became_too_dear_is_dropped():
+    probes = Probes(1.0)
+    assert probes.due(6.0, 0.0)
+    probes.postpone()
+    assert not probes.due(FIRST_ALLOWANCE_ROUNDS + 0.1, 0.0)
+    assert not probes.due(0.0, 0.0)
+    for _ in range(8):
+        probes.passed_alone(1.0)
+    assert probes.due(FIRST_ALLOWANCE_ROUNDS, 0.0)

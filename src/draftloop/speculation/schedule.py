@@ -136,28 +136,40 @@ class Probes:
         self._allowance_s = FIRST_ALLOWANCE_ROUNDS * alone_s
         self._gap = self._rounds = 0
         self._left = self._drafting_rounds = 0
+        self._granted_s = self._unread_s = 0.0
 
     def due(self, backlog_s: float, loss_s: float) -> bool:
         """Whether to probe now.
+
+        A probe that was postponed pays for what the backlog has grown meanwhile; where the allowance lacks
+        that, it is dropped.
 
         Args:
             backlog_s: what the draft's catching up takes.
             loss_s: what each of the probe's rounds is expected to lose.
         """
+        paid_s, self._unread_s = self._unread_s, 0.0
         if self._left:
-            self._left -= 1
-            return True
+            grown_s = max(0.0, backlog_s - paid_s)
+            if grown_s <= self._allowance_s:
+                self._allowance_s -= grown_s
+                self._left, self._granted_s = self._left - 1, backlog_s
+                return True
+            self._allowance_s, self._left = self._allowance_s + paid_s, 0
         price_s = backlog_s + PROBE_ROUNDS * loss_s
         if self._rounds < self._gap or self._allowance_s < price_s:
             return False
         self._allowance_s -= price_s
         self._gap = min(max(2 * self._gap, SHORTEST_GAP_ROUNDS), LONGEST_GAP_ROUNDS)
-        self._rounds, self._left = 0, PROBE_ROUNDS - 1
+        self._rounds, self._left, self._granted_s = 0, PROBE_ROUNDS - 1, backlog_s
         return True
 
     def postpone(self) -> None:
-        """The round that `due` gave a probe went to somebody else: it takes a later one."""
-        self._left += 1
+        """The round that `due` gave a probe went to somebody else: it takes a later one.
+
+        The backlog that it was charged for is still to be read.
+        """
+        self._left, self._unread_s = self._left + 1, self._granted_s
 
     @property
     def alone_due(self) -> bool:
@@ -176,11 +188,12 @@ class Probes:
 
     def abandon(self) -> None:
         """Another text begins: what is left of a probe was paid for the one before."""
-        self._left = 0
+        self._left, self._unread_s = 0, 0.0
 
     def soon(self) -> None:
         """The draft was worth asking, or is another one: what was fruitless before says nothing now."""
         self._gap = self._left = 0
+        self._unread_s = 0.0
 
 
 class Schedule:
