@@ -162,3 +162,16 @@ def test_rounds_of_suffix_matches_make_nobody_cautious():
     full = replace(summary(1, accepted=11, drafted=20, rounds=35), suffix_rounds=30, suffix_tokens=90)
     assert split([full], 0.5).failures == ()
     assert split([replace(full, suffix_rounds=0)], 0.5).failures != ()
+
+
+def test_a_draft_that_matches_left_hardly_a_round_is_not_judged():
+    """One wrong guess in an answer that matches wrote; four are what one probe tests."""
+    matched = replace(summary(1, accepted=0, drafted=1), suffix_rounds=9, suffix_tokens=18)
+    probed = replace(matched, id=2, drafted_tokens=4, tested_tokens=4, rounds=13)
+    assert split([matched, probed], 0.5).failures == (probed,)
+    assert threshold_of("auto", [matched] * 3 + with_rates([50, 60, 70])) == 0.6
+
+
+def test_a_short_answer_is_judged_by_what_it_has():
+    short = replace(summary(1, accepted=0, drafted=1), num_answer_tokens=3)
+    assert split([short], 0.5).failures == (short,)

@@ -95,6 +95,15 @@ def test_matches_that_take_the_easy_positions_are_no_fall() -> None:
     assert alpha_fall(before, with_matches(live, 150)) is None
 
 
+def test_requests_weigh_by_what_was_tested() -> None:
+    """Every second request has one tested position, and it was lost: that says little about the draft."""
+    before = requests(noisy(0.8, 40, 0))
+    single = [replace(one, tested_tokens=1, alpha_sum=0.0) for one in requests([0.0] * 20)]
+    assert alpha_fall(before, [*requests(noisy(0.8, 20, 1)), *single]) is None
+    fall = alpha_fall(before, [*requests(noisy(0.6, 20, 1)), *single])
+    assert fall == pytest.approx(0.2, abs=0.06)
+
+
 def test_a_fall_is_seen_and_measured():
     fall = alpha_fall(requests(noisy(0.8, 60, 0)), requests(noisy(0.65, 40, 1)))
     assert fall == pytest.approx(0.15, abs=0.05)

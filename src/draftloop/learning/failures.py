@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from draftloop.speculation.metrics import acceptance_rate, constant_acceptance_rate, mean_alpha
+from draftloop.speculation.schedule import PROBE_ROUNDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 RECENT_REQUESTS = 200
 WORST_PERCENT = 30
 VALIDATION_EVERY = 4
+LEAST_TESTED_TOKENS = PROBE_ROUNDS
+"""Where suffix matches write most of an answer, a round or two may be left to the draft, which say nothing
+about it. One probe tests so many tokens at least: a draft so bad that it is asked in probes alone must still
+be learnt from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +31,7 @@ class Split:
 
     Attributes:
         failures: below the threshold, and no promoted adapter has learnt from them yet.
-        replay: the others that may be trained on: good ones, learnt ones, and those without drafts.
+        replay: the others that may be trained on: good ones, learnt ones, and those with few or no drafts.
         validation: held out, to choose a checkpoint by.
         gate: held out, to decide about promotion by.
     """
@@ -82,11 +87,14 @@ def _is_failure(summary: RequestSummary, threshold: float) -> bool:
 
 
 def _rate(summary: RequestSummary) -> float | None:
-    """The acceptance rate, at `num_draft_tokens` in each round.
+    """The acceptance rate, at `num_draft_tokens` in each round; None where too few tokens were tested.
 
+    Rounds of nothing but drafts test every second token of the answer at least, be it ever so short.
     A schedule drafts little where the draft is bad, and of few drafts a larger share is accepted: such a
     request is judged by the rate that its alpha would give, so that a bad draft is not learnt from less.
     """
+    if summary.tested_tokens < min(LEAST_TESTED_TOKENS, summary.num_answer_tokens // 2):
+        return None
     alpha, k = mean_alpha(summary.alpha_sum, summary.tested_tokens), summary.num_draft_tokens
     # Where max_tokens ends an answer, its last rounds have room for K - 1, K - 2 … 0 drafts.
     rounds = summary.rounds - summary.suffix_rounds

@@ -7,13 +7,16 @@ domain, so that a change of subject is not taken for a change of the draft. Must
 from __future__ import annotations
 
 import math
-import statistics
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from draftloop.speculation.metrics import mean_alpha
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from draftloop.storage.records import PairKey, RequestSummary
     from draftloop.storage.store import Store
@@ -65,18 +68,20 @@ def revert_if_falling(store: Store, pair: PairKey, *, after_requests: int) -> st
 def alpha_fall(before: Sequence[RequestSummary], live: Sequence[RequestSummary]) -> float | None:
     """How far alpha fell, in the mix of domains of `live`; None where it did not fall for certain.
 
-    A difference of stratified means against its standard error, each request counting once.
+    A difference of stratified means over tested positions against its standard error. Positions of one
+    request are alike, so it is the requests that scatter (Cochran 1977, section 6.4: a ratio's variance).
     """
     old, new = _by_kind(before), _by_kind(live)
     shared = [kind for kind in new if min(len(new[kind]), len(old.get(kind, ()))) >= MIN_DOMAIN_REQUESTS]
-    count = sum(len(new[kind]) for kind in shared)
-    if not count:
+    tested = sum(float(new[kind][:, 0].sum()) for kind in shared)
+    if not tested:
         return None
     fall = variance = 0.0
     for kind in shared:
-        weight = len(new[kind]) / count
-        fall += weight * (statistics.fmean(old[kind]) - statistics.fmean(new[kind]))
-        variance += weight**2 * (_variance_of_mean(old[kind]) + _variance_of_mean(new[kind]))
+        weight = float(new[kind][:, 0].sum()) / tested
+        (old_alpha, old_variance), (new_alpha, new_variance) = _alpha(old[kind]), _alpha(new[kind])
+        fall += weight * (old_alpha - new_alpha)
+        variance += weight**2 * (old_variance + new_variance)
     return fall if fall > CERTAINTY * math.sqrt(variance) and fall > 0 else None
 
 
@@ -85,18 +90,21 @@ def _tested(requests: Sequence[RequestSummary], adapter: str | None) -> list[Req
     return [one for one in requests if one.adapter == adapter and one.tested_tokens]
 
 
-def _by_kind(requests: Sequence[RequestSummary]) -> dict[Kind, list[float]]:
-    """Alpha of each request."""
-    alphas: dict[Kind, list[float]] = {}
+def _by_kind(requests: Sequence[RequestSummary]) -> dict[Kind, NDArray[np.float64]]:
+    """Tested positions and the sum of their alphas, [requests, 2]."""
+    sums: dict[Kind, list[tuple[int, float]]] = {}
     for one in requests:
-        alpha = mean_alpha(one.alpha_sum, one.tested_tokens)
-        if alpha is not None:
+        if one.tested_tokens:
             depth = round(one.drafted_tokens / (one.rounds - one.suffix_rounds))
             quarters = round(4 * one.suffix_tokens / one.num_answer_tokens)
             kind = (one.domain, one.temperature, depth, quarters, one.vocabulary)
-            alphas.setdefault(kind, []).append(alpha)
-    return alphas
+            sums.setdefault(kind, []).append((one.tested_tokens, one.alpha_sum))
+    return {kind: np.array(rows, np.float64) for kind, rows in sums.items()}
 
 
-def _variance_of_mean(values: Sequence[float]) -> float:
-    return statistics.variance(values) / len(values)
+def _alpha(requests: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean alpha over the tested positions, and its variance, of at least two requests."""
+    tested, alpha_sums = requests.T
+    n, mean = len(requests), mean_alpha(float(alpha_sums.sum()), int(tested.sum())) or 0.0
+    scatter = float(np.square(alpha_sums - mean * tested).sum()) / float(tested.sum()) ** 2
+    return mean, n / (n - 1) * scatter
