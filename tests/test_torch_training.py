@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise, product, takewhile
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
@@ -152,6 +155,40 @@ def test_what_texts_begin_with_alike_is_read_once_and_learns_from_all(
     for shared, wanted in zip(alphas, apart.replay(order), strict=True):
         np.testing.assert_allclose(shared, wanted, atol=1e-5)
     assert_same(found, gradients(apart, [order]), 1e-4)
+
+
+def test_a_text_that_shares_little_or_nothing_does_not_keep_the_others_from_sharing(toy_folder):
+    """Three texts with one long beginning, one that leaves it early, one with hardly a prompt."""
+    system, other = np.arange(60) * 3, np.arange(60) * 5
+    other[:20] = system[:20]
+    long, far = [beginning_with(system, text) for text in BATCH], beginning_with(other, BATCH[0])
+    short = replace(example(60, 5, seed=3), tokens=long[1].tokens[:60])
+    alone = sum(len(text.tokens) - 1 for text in (*long, far, short))
+    order = [long[0], far, long[1], short, long[2]]
+    assert packing.packed_tokens(order) == alone - 2 * 60
+    one = trainer(toy_folder())
+    for text, packed in zip(order, one.replay(order), strict=True):
+        np.testing.assert_allclose(packed, one.replay([text])[0], atol=1e-5)
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=4), min_size=1, max_size=5))
+def test_no_division_of_neighbours_lays_out_fewer_tokens(branches):
+    """Texts of blocks that are alike or not, in the order of their tokens, against every way to cut that."""
+    beginnings = sorted(np.repeat([*blocks, 7], packing.LEAST_SHARED_TOKENS).tolist() for blocks in branches)
+    texts = [
+        replace(example(2, 1), tokens=np.array([*tokens, 1, 1], np.int32), num_prompt_tokens=len(tokens) + 1)
+        for tokens in beginnings
+    ]
+
+    def saved(group):
+        common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*group, strict=False)))
+        return (len(group) - 1) * common if common >= packing.LEAST_SHARED_TOKENS else 0
+
+    most = 0
+    for cuts in product([False, True], repeat=len(texts) - 1):
+        stops = [i for i, cut in enumerate([*cuts, True], start=1) if cut]
+        most = max(most, sum(saved(beginnings[a:b]) for a, b in pairwise([0, *stops])))
+    assert packing.packed_tokens(texts) == sum(len(text.tokens) - 1 for text in texts) - most
 
 
 def test_a_text_that_is_there_twice_shares_its_prompt_alone(toy_folder):

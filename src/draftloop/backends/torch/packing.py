@@ -9,15 +9,15 @@ Letters: N tokens of all texts without repetition, R response rows of all, E hea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby, takewhile
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from draftloop.backends.training import Example
@@ -78,8 +78,7 @@ def pack_texts(
         parts.append(Part(own, shared))
         return own
 
-    for group in _alike(batch):
-        common = _common_tokens([batch[index] for index in group])
+    for group, common in _alike(batch):
         shared = lay(batch[group[0]].tokens[:common], 0) if common else None
         for index in group:
             example = batch[index]
@@ -100,25 +99,43 @@ def packed_tokens(batch: Sequence[Example]) -> int:
     """How many tokens `pack_texts` would lay out: N."""
     return sum(
         sum(len(batch[index].tokens) - 1 - common for index in group) + common
-        for group in _alike(batch)
-        for common in [_common_tokens([batch[index] for index in group])]
+        for group, common in _alike(batch)
     )
 
 
-def _alike(batch: Sequence[Example]) -> list[list[int]]:
-    """Indices of the texts, those that begin alike together."""
+def _alike(batch: Sequence[Example]) -> list[tuple[list[int], int]]:
+    """Groups of texts: their indices, and how many tokens they begin with alike.
 
-    def beginning(index: int) -> tuple[int, ...]:
-        return tuple(batch[index].tokens[:LEAST_SHARED_TOKENS])
+    A text shares no more than what stands before its first response row, and no beginning shorter than
+    LEAST_SHARED_TOKENS. Sorted by what they may share, texts that begin alike are neighbours, and a row of
+    neighbours shares what those two do that share least. Of all ways to cut that order into groups this one
+    lays out the fewest tokens; the best for the first n texts is found from those for fewer.
+    """
+    beginnings = [example.tokens[: example.num_prompt_tokens - 1] for example in batch]
+    order = sorted(range(len(batch)), key=lambda index: beginnings[index].tobytes())
+    alike = [_common_tokens(beginnings[one], beginnings[other]) for one, other in pairwise(order)]
+    saved, starts = [0], [0]
+    for last in range(len(order)):
+        start, most = last, saved[last]
+        common = len(beginnings[order[last]])
+        for first in range(last - 1, -1, -1):
+            common = min(common, alike[first])
+            if common < LEAST_SHARED_TOKENS:
+                break
+            if saved[first] + (last - first) * common > most:
+                start, most = first, saved[first] + (last - first) * common
+        saved.append(most)
+        starts.append(start)
+    groups: list[tuple[list[int], int]] = []
+    stop = len(order)
+    while stop:
+        start = starts[stop]
+        groups.append((order[start:stop], min(alike[start : stop - 1], default=0)))
+        stop = start
+    return groups[::-1]
 
-    return [list(group) for _, group in groupby(sorted(range(len(batch)), key=beginning), key=beginning)]
 
-
-def _common_tokens(group: Sequence[Example]) -> int:
-    """How many tokens all texts begin with alike, each one's first response row left out; 0 where few."""
-    if len(group) < 2:
-        return 0
-    most = min(example.num_prompt_tokens for example in group) - 1
-    columns = zip(*(example.tokens[:most] for example in group), strict=True)
-    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    return common if common >= LEAST_SHARED_TOKENS else 0
+def _common_tokens(one: NDArray[np.int32], other: NDArray[np.int32]) -> int:
+    length = min(len(one), len(other))
+    differing = np.flatnonzero(one[:length] != other[:length])
+    return int(differing[0]) if len(differing) else length
