@@ -259,6 +259,17 @@ def test_what_asking_costs_once_a_round_is_not_spread_over_its_tokens(costs):
     assert cost.round_s(4) == pytest.approx(0.012 + 4 * 0.002 + 0.2)
 
 
+def test_each_example_is_walked_once_at_each_depth(costs, monkeypatch):
+    """However often the forms are compared on the way."""
+    walked = []
+    monkeypatch.setattr(
+        "draftloop.learning.replayed.expected_rounds", lambda rows, k: walked.append(k) or 10.0 - k
+    )
+    costs(0.01, 0.01, 0.015, 0.02, 0.01)
+    choose(FakeDraft(alphas()), by_width=RoundCosts(((1, 0.1), (5, 0.1)), 0.01, 0.0, 0.0))
+    assert sorted(walked) == sorted([*range(5)] * 2 * 12)
+
+
 def test_the_calibration_follows_the_machines_mood(costs):
     costs(0.03, 0.03, 0.04, 0.04, 0.04)
     cost = choose(FakeDraft(alphas()), by_width=BY_WIDTH).cost

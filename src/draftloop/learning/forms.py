@@ -16,7 +16,7 @@ import numpy as np
 from draftloop.backends.lora import AdapterForm
 from draftloop.learning.replayed import RoundCost
 from draftloop.learning.student import student_quantile
-from draftloop.speculation.metrics import expected_rounds, tokens_per_round
+from draftloop.speculation.metrics import tokens_per_round
 from draftloop.speculation.timing import time_proposals
 
 if TYPE_CHECKING:
@@ -90,18 +90,26 @@ class FormChoice:
     bare_cost: RoundCost
 
 
+@dataclass(frozen=True, slots=True)
+class _Walked:
+    """One replayed example: its tokens, and the rounds that they are expected to take at each K."""
+
+    tokens: int
+    rounds: Mapping[int, float]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Measured:
     """One form on the first n examples.
 
     Attributes:
-        alphas: of each example.
+        walks: of each example.
         cost: of a round.
         draft_error_s: standard error of a drafted token's seconds. The verification is the same in each form.
         cap: the largest K.
     """
 
-    alphas: tuple[Sequence[float], ...]
+    walks: tuple[_Walked, ...]
     cost: RoundCost
     draft_error_s: float
     cap: int
@@ -109,23 +117,24 @@ class _Measured:
     @property
     def tokens(self) -> int:
         """Of all examples."""
-        return sum(map(len, self.alphas))
+        return sum(walk.tokens for walk in self.walks)
 
     @property
     def tau(self) -> float:
         """Tokens a round at the cap; 1 where nothing was replayed."""
-        rounds = sum(expected_rounds(rows, self.cap) for rows in self.alphas)
+        rounds = sum(walk.rounds[self.cap] for walk in self.walks)
         return tokens_per_round(self.tokens, rounds) or 1.0
 
     def seconds(self) -> tuple[NDArray[np.float64], float]:
         """Expected of each example at the fastest K, [n]; and the standard error of their sum."""
-        k, rounds = self.cost.fastest(self.alphas, self.cap)
+        k, rounds = self.cost.fastest_of([walk.rounds for walk in self.walks])
         return rounds * self.cost.round_s(k), float(rounds.sum()) * k * self.draft_error_s
 
     def tokens_per_s(self) -> float:
         """Expected; of a round of one token where nothing was replayed."""
-        seconds = float(self.seconds()[0].sum())
-        return self.tokens / seconds if self.alphas else 1 / self.cost.round_s(self.cap)
+        if not self.walks:
+            return 1 / self.cost.round_s(self.cap)
+        return self.tokens / float(self.seconds()[0].sum())
 
     def gain_over(self, plainer: _Measured, side: int) -> float | None:
         """Bound of the gain in tokens a second, paired over examples; None where there are too few.
@@ -137,10 +146,10 @@ class _Measured:
             plainer: what it is compared with, on the same examples or on more.
             side: -1 for the lower bound, 1 for the upper one.
         """
-        n = len(self.alphas)
+        n = len(self.walks)
         if n < MIN_COMPARED:
             return None
-        same = replace(plainer, alphas=plainer.alphas[:n])
+        same = replace(plainer, walks=plainer.walks[:n])
         (own_s, own_error_s), (other_s, other_error_s) = self.seconds(), same.seconds()
         saved_s = other_s - own_s
         error_s = math.hypot(math.sqrt(n) * float(saved_s.std(ddof=1)), own_error_s, other_error_s)
@@ -198,7 +207,7 @@ def choose_form(
             figures[form] = FormFigures(own.cost.draft_s)
             fitting.passed_over()
             continue
-        rival = replace(rival, alphas=taken.alphas)
+        rival = replace(rival, walks=taken.walks)
         measured = fitting.replayed(outfit, own, rival)
         gain_low = measured.gain_over(rival, -1)
         figures[form] = _figures(measured, gain_low)
@@ -241,7 +250,8 @@ class _Fitting:
         for n, example in enumerate(self.examples, start=1):
             (alphas,) = self.draft.replay([example])
             # Where alpha is no number nothing would be accepted.
-            measured = replace(measured, alphas=(*measured.alphas, np.nan_to_num(alphas).tolist()))
+            rounds = timed.cost.rounds(np.nan_to_num(alphas).tolist(), self.cap)
+            measured = replace(measured, walks=(*measured.walks, _Walked(len(alphas), rounds)))
             self.compared(1 / self.forms)
             most = None if rival is None else measured.gain_over(rival, 1)
             if most is not None and most < 0:
@@ -260,7 +270,7 @@ def _figures(measured: _Measured, gain_low: float | None) -> FormFigures:
         tau=measured.tau,
         tokens_per_s=measured.tokens_per_s(),
         gain_low=gain_low,
-        examples=len(measured.alphas),
+        examples=len(measured.walks),
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from draftloop.speculation.metrics import expected_rounds, mean_alpha, tokens_per_round
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Self
 
     from numpy.typing import NDArray
@@ -90,9 +90,17 @@ class RoundCost:
 
         A constant K is the cap.
         """
+        return self.fastest_of([self.rounds(rows, cap) for rows in alphas])
+
+    def rounds(self, alphas: Sequence[float], cap: int) -> dict[int, float]:
+        """Expected rounds of one request at each K that may be chosen."""
         depths = (cap,) if self.by_width is None else range(cap + 1)
-        rounds = {k: np.array([expected_rounds(rows, k) for rows in alphas], np.float64) for k in depths}
-        best = min(depths, key=lambda k: float(rounds[k].sum()) * self.round_s(k))
+        return {k: expected_rounds(alphas, k) for k in depths}
+
+    def fastest_of(self, requests: Sequence[Mapping[int, float]]) -> tuple[int, Floats]:
+        """As `fastest`, of at least one request's `rounds`."""
+        rounds = {k: np.array([one[k] for one in requests], np.float64) for k in requests[0]}
+        best = min(rounds, key=lambda k: float(rounds[k].sum()) * self.round_s(k))
         return best, rounds[best]
 
 
