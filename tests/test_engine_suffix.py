@@ -9,13 +9,13 @@ import pytest
 from draftloop.backends.numpy.backend import NumpyBackend
 from draftloop.benchmarking.contenders import Job, Ours
 from draftloop.benchmarking.run import interleave
-from draftloop.engine import Completion, Engine, Request
+from draftloop.engine import Completion, Engine, PromptProgress, Request
 from draftloop.learning.recorder import Provenance, Recorder
 from draftloop.models.tokenizer import Message, Tokenizer
 from draftloop.speculation.costs import RoundCosts
 from draftloop.speculation.schedule import Schedule
 from draftloop.speculation.stream import Pair
-from draftloop.speculation.suffix import SuffixIndex
+from draftloop.speculation.suffix import SuffixIndex, TokenTrail
 from draftloop.storage.records import PairKey
 from draftloop.storage.store import open_store
 from draftloop.types import Sampling, TokenKind
@@ -163,3 +163,19 @@ def test_the_store_keeps_matches_apart(new_engine: Callable[..., Engine], tmp_pa
     assert (record.traces.kinds == suffix).sum() == tally.suffix_accepted_tokens
     assert (record.traces.draft_ids[record.traces.kinds == suffix] == -1).all()
     assert (record.traces.top_ids[:, 0] == record.answer_tokens).all()
+
+
+def test_the_prompt_is_indexed_while_it_is_read(
+    new_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round's time, which counts as decoding, holds none of it."""
+    followed, append = [], TokenTrail.append
+    monkeypatch.setattr(
+        TokenTrail, "append", lambda trail, token: followed.append(token) or append(trail, token)
+    )
+    engine = new_engine()
+    asked = request(engine, "Hello there " * 5, max_tokens=3)
+    for event in engine.stream(asked):
+        if isinstance(event, PromptProgress):
+            assert followed == list(asked.prompt_tokens[: event.done_tokens])
+    assert len(followed) >= len(asked.prompt_tokens)

@@ -314,6 +314,13 @@ class SuffixText:
         self._trail = index.open_text((), max_text_tokens)
         self._guess: Match | None = None
 
+    def read(self, prompt: Sequence[int], num_tokens: int) -> None:
+        """Follow the prompt's first `num_tokens` while the models read it.
+
+        A long prompt takes tens of milliseconds; left to the first guess they would be a round's.
+        """
+        self._trail.extend(prompt[self._trail.end : num_tokens])
+
     def guess(self, tokens: Sequence[int], max_tokens: int) -> Match | None:
         """What may come next.
 
