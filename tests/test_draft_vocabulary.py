@@ -168,7 +168,7 @@ def test_the_memory_plan_counts_the_copied_rows(classroom):
     target, draft = engine.pair.target.architecture, engine.pair.draft.architecture
 
     def planned(**changes):
-        return plan_memory(target, draft, classroom.config(**changes), 2**40)
+        return plan_memory(target, draft, classroom.config(**changes), 2**40, num_suffix_tokens=0)
 
     whole = planned()
     for asked, rows in (("full", 0), (64, 64), ("auto", draft.vocab_size // 2), (draft.vocab_size, 0)):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from draftloop.backends.architecture import Architecture, Quantization
 from draftloop.config import Config, load_config
 from draftloop.errors import MemoryPlanError
+from draftloop.loading import suffix_tokens
 from draftloop.models.memory import (
-    GIB,
     PREFILL_TOKENS,
     RUNTIME_BYTES,
     MemoryPlan,
@@ -25,6 +25,7 @@ from draftloop.models.memory import (
     render,
     weight_bytes,
 )
+from draftloop.models.memory_advice import GIB
 from draftloop.speculation.stream import PREFILL_CHUNK_TOKENS
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def _no_config_file(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
 
 
 def plan(*overrides: str, available_bytes: int = 64 * GIB) -> MemoryPlan:
-    return plan_memory(TARGET, DRAFT, load_config([], overrides).config, available_bytes)
+    config = load_config([], overrides).config
+    return plan_memory(TARGET, DRAFT, config, available_bytes, num_suffix_tokens=suffix_tokens(config))
 
 
 def part(memory_plan: MemoryPlan, label: str) -> int:
@@ -222,7 +224,7 @@ def test_the_table_shows_every_part_and_the_totals() -> None:
 
 def test_without_a_number_the_machines_memory_counts() -> None:
     assert available_memory_bytes() > 0
-    assert plan_memory(TARGET, DRAFT, Config()).available_bytes > 0
+    assert plan_memory(TARGET, DRAFT, Config(), num_suffix_tokens=0).available_bytes > 0
 
 
 def test_what_suffix_matches_remember_is_counted_where_they_are_looked_for() -> None:

@@ -27,7 +27,7 @@ from draftloop.learning.recent import recent_rounds
 from draftloop.learning.recorder import Recorder
 from draftloop.learning.vocabulary import Wanted, choose_vocabulary
 from draftloop.models.folder import heads_digest
-from draftloop.models.memory import MEGABYTE, MemoryPlan, plan_memory, suffix_tokens
+from draftloop.models.memory import MEGABYTE, MemoryPlan, plan_memory
 from draftloop.models.resolve import locate, resolve
 from draftloop.models.tokenizer import Tokenizer, check_tokenizers_agree
 from draftloop.speculation.calibration import ServedRounds, calibrated_costs, known_costs
@@ -100,7 +100,8 @@ def prepare(config: Config, progress: Progress | None = None, *, with_draft: boo
         draft_folder = resolve(config.models.draft.name, progress=progress)
         draft, other = _checked("draft", draft_folder, config.models.draft.max_kv_cache_tokens)
         check_tokenizers_agree(tokenizer, other)
-    plan = plan_memory(target, draft, config, backend.capabilities().device_memory_bytes)
+    device_bytes = backend.capabilities().device_memory_bytes
+    plan = plan_memory(target, draft, config, device_bytes, num_suffix_tokens=suffix_tokens(config))
     return Prepared(target_folder, target, draft_folder, draft, tokenizer, backend, plan)
 
 
@@ -208,7 +209,10 @@ def prepare_draft(config: Config, progress: Progress | None = None) -> PreparedD
     backend = open_backend(config.backend, config.device)
     folder = resolve(config.models.draft.name, progress=progress)
     architecture, tokenizer = _checked("draft", folder, config.models.draft.max_kv_cache_tokens)
-    plan = plan_memory(architecture, architecture, config, backend.capabilities().device_memory_bytes)
+    device_bytes = backend.capabilities().device_memory_bytes
+    plan = plan_memory(
+        architecture, architecture, config, device_bytes, num_suffix_tokens=suffix_tokens(config)
+    )
     plan.check_training()
     return PreparedDraft(folder, architecture, tokenizer, backend)
 
@@ -312,6 +316,15 @@ def served_rounds(config: Config) -> ServedRounds:
         sampling=sampling_of(config),
         trace=config.storage.collect,
     )
+
+
+def suffix_tokens(config: Config) -> int:
+    """The most that a suffix match proposes in a round; 0 where none is looked for.
+
+    Under `fixed` every round drafts K tokens by the model.
+    """
+    wanted = config.speculative.suffix.enabled and config.speculative.schedule == "adaptive"
+    return config.speculative.suffix.max_draft_tokens if wanted else 0
 
 
 def _schedule(

@@ -57,7 +57,7 @@ class AnswerOptions:
     @property
     def num_suffix_tokens(self) -> int:
         """The most that a suffix match may propose; 0 where none is looked for."""
-        from draftloop.models.memory import suffix_tokens
+        from draftloop.loading import suffix_tokens
 
         return suffix_tokens(self.config) if self.with_draft else 0
 

@@ -102,11 +102,9 @@ def judge_candidate(
     )
     outfits = [Outfit(lora, choice.best), incumbent, *([] if incumbent.lora is None else [Outfit()])]
     alphas = _replay(draft, outfits, held_out, replayed)
-    if incumbent.lora is None:
-        alphas.append(alphas[1])
     requests = [
-        ReplayedRequest(one.domain, num_draft_tokens, *rows)
-        for one, *rows in zip(held_out, *alphas, strict=True)
+        ReplayedRequest(one.domain, num_draft_tokens, candidate, before, *(bare or [before]))
+        for one, candidate, before, *bare in zip(held_out, *alphas, strict=True)
     ]
     verdict = judge(
         requests,

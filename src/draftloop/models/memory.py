@@ -10,19 +10,18 @@ value) heads, K num_draft_tokens, r rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from draftloop.config import Config, flatten
-from draftloop.config.schema import MIN_SEQUENCE_TOKENS
 from draftloop.errors import MemoryPlanError
+from draftloop.models.memory_advice import advice, gib
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from draftloop.backends.architecture import Architecture
-
-GIB = 2**30
+    from draftloop.config import Config
 
 MEGABYTE = 1_000_000
 """Settings count memory in millions of bytes."""
@@ -127,7 +126,7 @@ class MemoryPlan:
     def _check(self, work: str, needed_bytes: int, advice: str) -> None:
         if needed_bytes > self.available_bytes:
             raise MemoryPlanError(
-                f"{work} needs {_gib(needed_bytes)} of memory and {_gib(self.available_bytes)} is available",
+                f"{work} needs {gib(needed_bytes)} of memory and {gib(self.available_bytes)} is available",
                 remedy=advice,
                 details=render(self),
             )
@@ -147,7 +146,12 @@ def available_memory_bytes() -> int:
 
 
 def plan_memory(
-    target: Architecture, draft: Architecture | None, config: Config, available_bytes: int | None = None
+    target: Architecture,
+    draft: Architecture | None,
+    config: Config,
+    available_bytes: int | None = None,
+    *,
+    num_suffix_tokens: int,
 ) -> MemoryPlan:
     """The plan of a pair under a configuration.
 
@@ -156,6 +160,7 @@ def plan_memory(
         draft: shapes of the draft; None where the target answers alone.
         config: the settings.
         available_bytes: of the accelerator; None takes what this machine has free.
+        num_suffix_tokens: the most that a suffix match proposes in a round; 0 where none is looked for.
 
     Raises:
         MemoryPlanError: `training.lora.rank` exceeds a side of a target module, so that the adapter would
@@ -165,13 +170,16 @@ def plan_memory(
         _check_rank(draft, config)
     if available_bytes is None:
         available_bytes = available_memory_bytes()
-    parts = _parts(target, draft, config)
-    shapes = (target, draft)
+
+    def needed(training: bool, changed: Config) -> int:
+        parts = _parts(target, draft, changed, num_suffix_tokens)
+        return sum(part.num_bytes for part in parts if (part.in_training if training else part.in_generation))
+
     return MemoryPlan(
-        parts=parts,
+        parts=_parts(target, draft, config, num_suffix_tokens),
         available_bytes=available_bytes,
-        generation_advice=_advice(shapes, config, available_bytes, training=False),
-        training_advice=_advice(shapes, config, available_bytes, training=True),
+        generation_advice=advice(partial(needed, False), config, available_bytes, training=False),
+        training_advice=advice(partial(needed, True), config, available_bytes, training=True),
     )
 
 
@@ -183,23 +191,14 @@ def render(plan: MemoryPlan) -> str:
     ]
     width = max(len(label) for label, *_ in rows)
     lines = [f"{'part':<{width}}  {'memory':>10}  generation  training"]
-    lines += [f"{label:<{width}}  {_gib(size):>10}  {a:^10}  {b:^8}".rstrip() for label, size, a, b in rows]
+    lines += [f"{label:<{width}}  {gib(size):>10}  {a:^10}  {b:^8}".rstrip() for label, size, a, b in rows]
     totals = (
         ("generation", plan.generation_bytes),
         ("training", plan.training_bytes),
         ("both at once", plan.combined_bytes),
         ("available", plan.available_bytes),
     )
-    return "\n".join(lines + [f"{label:<{width}}  {_gib(size):>10}" for label, size in totals])
-
-
-def suffix_tokens(config: Config) -> int:
-    """The most that a suffix match proposes in a round; 0 where none is looked for.
-
-    Under `fixed` every round drafts K tokens by the model.
-    """
-    wanted = config.speculative.suffix.enabled and config.speculative.schedule == "adaptive"
-    return config.speculative.suffix.max_draft_tokens if wanted else 0
+    return "\n".join(lines + [f"{label:<{width}}  {gib(size):>10}" for label, size in totals])
 
 
 def weight_bytes(architecture: Architecture) -> int:
@@ -288,10 +287,12 @@ def training_logit_bytes(draft: Architecture, config: Config) -> int:
     return 4 * TRAINING_LOGIT_COPIES * draft.vocab_size * config.training.batch_size * response_tokens
 
 
-def _parts(target: Architecture, draft: Architecture | None, config: Config) -> tuple[Part, ...]:
+def _parts(
+    target: Architecture, draft: Architecture | None, config: Config, num_suffix_tokens: int
+) -> tuple[Part, ...]:
     rows = config.speculative.num_draft_tokens + 1
     target_tokens = config.models.target.max_kv_cache_tokens
-    matched = suffix_tokens(config) if draft is not None else 0
+    matched = num_suffix_tokens if draft is not None else 0
     scratch = generation_scratch_bytes(target, max(rows, matched + 1), target_tokens)
     target_cache = kv_cache_bytes(target, target_tokens)
     generation, training, both = (True, False), (False, True), (True, True)
@@ -334,94 +335,3 @@ def _check_rank(draft: Architecture, config: Config) -> None:
             f"training.lora.rank = {rank} is too high for {module}, {rows} by {columns} in the draft",
             remedy=f"Set it to {sides[module]} or less, or drop {module} from the target_modules.",
         )
-
-
-def _advice(
-    shapes: tuple[Architecture, Architecture | None], config: Config, available_bytes: int, *, training: bool
-) -> str:
-    """The setting to lower, and the value at which all fits; "" where all does.
-
-    Settings above their defaults come first, then those that save most with their next smaller value.
-    """
-
-    def needed(changed: Config) -> int:
-        parts = _parts(*shapes, changed)
-        return sum(p.num_bytes for p in parts if (p.in_training if training else p.in_generation))
-
-    if needed(config) <= available_bytes:
-        return ""
-    values = flatten(config)
-    candidates = {
-        key: [(value, needed(_changed(config, key, value))) for value in _smaller(key, values[key], floor)]
-        for key, floor in _floors(config, training=training).items()
-    }
-    helpful = {key: steps for key, steps in candidates.items() if steps}
-    role = "draft" if training else "target"
-    smaller_model = f"Choose a smaller models.{role}.name (now {values[f'models.{role}.name']})"
-    if not helpful:
-        return f"{smaller_model}."
-    defaults = flatten(Config())
-
-    def first_above_default(key: str) -> tuple[bool, int]:
-        value, num_bytes = helpful[key][0]
-        return value != defaults[key], num_bytes
-
-    for key in sorted(helpful, key=first_above_default):
-        for value, num_bytes in helpful[key]:
-            if num_bytes <= available_bytes:
-                return (
-                    f"Set {key} to {_yaml(value)} (now {_yaml(values[key])}): that needs {_gib(num_bytes)}."
-                )
-    key = min(helpful, key=lambda key: helpful[key][0][1])
-    value, num_bytes = helpful[key][-1]
-    return (
-        f"{smaller_model}: {key} = {_yaml(values[key])} helps most of the settings, "
-        f"but {_yaml(value)} would still need {_gib(num_bytes)}."
-    )
-
-
-def _floors(config: Config, *, training: bool) -> dict[str, int]:
-    """The settings that could save memory, and how low each may go."""
-    if not training:
-        kv_tokens = config.speculative.num_draft_tokens + 2
-        return {
-            "models.target.max_kv_cache_tokens": kv_tokens,
-            "models.draft.max_kv_cache_tokens": kv_tokens,
-            "memory.prefix_cache_megabytes": 0,
-            "speculative.suffix.megabytes": 0,
-        }
-    return {
-        "training.lora.rank": 1,
-        "training.batch_size": 1,
-        "training.max_sequence_length": MIN_SEQUENCE_TOKENS,
-        "memory.gradient_checkpointing": True,
-        "generation.max_tokens": 1,
-    }
-
-
-def _smaller(key: str, value: int, floor: int) -> list[int]:
-    """The values to try below `value`: the default where it is lower, then half of it, and so on."""
-    if isinstance(value, bool):
-        return [] if value else [True]
-    default = flatten(Config())[key]
-    steps = [default] if floor <= default < value else []
-    value = min(value, default)
-    while value > floor:
-        value = max(value // 2, floor)
-        steps.append(value)
-    return steps
-
-
-def _changed(settings: Any, key: str, value: int) -> Any:
-    """A copy of a section with one setting below it changed."""
-    name, _, rest = key.partition(".")
-    inner = _changed(getattr(settings, name), rest, value) if rest else value
-    return settings.model_copy(update={name: inner})
-
-
-def _yaml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f} GiB"
