@@ -33,7 +33,7 @@ $(VENV)/.dev: $(VENV)/.user
 
 setup: $(VENV)/.user ## Create .venv and install what this machine can use.
 
-demo: $(VENV)/.user ## Pull the package pair (1.6 GB, once) and watch it answer.
+demo: $(VENV)/.user ## Pull the package pair (1.6 GB, once), then answer, train, judge: 11 minutes on 2 cores.
 	$(BIN)/draftloop --config configs/offline.yaml demo
 
 test: $(VENV)/.dev ## Run the tests: toys only, no download.

@@ -6,6 +6,8 @@ Contract: figures in, sentences and one table out; a loss is called a loss. Must
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -111,10 +113,11 @@ def say_next(report: Path, names: str) -> None:
     """Where the results are, and what to do now."""
     write(f"\nThe report, for a browser: {report}\n")
     write("Everything is kept. To look at it:\n")
+    # `make demo` runs the program of an environment that the shell has not entered.
+    program = "draftloop" if shutil.which("draftloop") else shlex.quote(sys.argv[0])
     for command in ("adapters list", "stats"):
-        write(f"  draftloop {names} {command}\n")
-    write("To do the same with your own requests: draftloop chat, or draftloop collect --prompts FILE;\n")
-    write("then draftloop train.\n")
+        write(f"  {program} {names} {command}\n")
+    write("To do the same with your own requests: chat, or collect --prompts FILE; then train.\n")
 
 
 def _change(before: float | None, after: float | None, digits: int) -> str:

@@ -154,7 +154,8 @@ def _refusals(
                 f"on {part.num_rows} rows, at most {100 * MAX_DOMAIN_LOSS:.0f} may go)"
             )
     over_bare = table.gain_over(BARE)
-    if over_bare < 0:
+    # Where no adapter is active the bare draft is the incumbent, and the interval below says it all.
+    if over_bare < 0 and over_bare != table.gain_over(INCUMBENT):
         yield f"The bare draft gives {_percent(-over_bare)} more tokens per second"
     if interval[0] <= 0:
         yield "A gain is not certain"
