@@ -137,6 +137,13 @@ def test_an_uncertain_gain_is_refused_with_its_interval():
     assert f"{100 * low:+.1f} % to {100 * high:+.1f} %" in verdict.reason
 
 
+def test_a_loss_against_the_bare_draft_is_told_once():
+    """Where no adapter is active, the bare draft is the incumbent."""
+    verdict = verdict_on(traffic(np.random.default_rng(8), 10, 0.7, 0.69))
+    assert verdict.gain < 0
+    assert verdict.reason.startswith("A gain is not certain")
+
+
 def test_the_same_draft_is_no_gain():
     incumbent = greedy_rows(np.random.default_rng(0), 50, 0.5)
     verdict = verdict_on([request(incumbent, incumbent)] * 10)
