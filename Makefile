@@ -20,15 +20,15 @@ $(BIN)/python:
 $(VENV)/.user: pyproject.toml | $(BIN)/python
 ifeq ($(APPLE),)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable '.[torch]'
+	$(BIN)/pip install --quiet --editable '.[torch,server]'
 else
-	$(BIN)/pip install --quiet --editable '.[mlx]'
+	$(BIN)/pip install --quiet --editable '.[mlx,server]'
 endif
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.user
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable '.[torch,dev]'
+	$(BIN)/pip install --quiet --editable '.[torch,server,dev]'
 	@touch $@
 
 setup: $(VENV)/.user ## Create .venv and install what this machine can use.
