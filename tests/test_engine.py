@@ -63,9 +63,19 @@ def test_events_come_in_order_and_add_up(engine: Engine) -> None:
     assert progress == events[: len(progress)]
     assert progress[-1].done_tokens == completion.prompt_tokens - 1
     assert "".join(event.text for event in events if isinstance(event, TextPiece)) == completion.text
-    assert sum(isinstance(event, RoundDone) for event in events) == completion.tally.rounds
+    rounds = [event.outcome for event in events if isinstance(event, RoundDone)]
+    assert len(rounds) == completion.tally.rounds
+    assert tuple(token for outcome in rounds for token in outcome.tokens) == completion.token_ids
+    assert all(outcome.trace is None for outcome in rounds)
     assert completion.tally.completion_tokens == len(completion.token_ids)
     assert completion.text == engine.tokenizer.decode(completion.token_ids)
+
+
+def test_each_round_tells_its_trace_where_one_is_asked_for(engine: Engine) -> None:
+    *events, completion = engine.stream(request(engine, trace=True))
+    assert isinstance(completion, Completion)
+    rounds = [event.outcome for event in events if isinstance(event, RoundDone)]
+    assert [outcome.trace for outcome in rounds] == list(completion.traces)
 
 
 def counts_agree(completion: Completion) -> None:

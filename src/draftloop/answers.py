@@ -107,7 +107,14 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class RoundDone:
-    """A round is over, also one that showed no text. A stream may be stopped here."""
+    """A round is over, also one that showed no text. A stream may be stopped here.
+
+    Attributes:
+        outcome: the round as it was decoded, its trace included where the request asks for one. Where a stop
+            string ends the answer, the last of them has tokens that the completion has not.
+    """
+
+    outcome: Round
 
 
 Event = PromptProgress | TextPiece | RoundDone | Completion

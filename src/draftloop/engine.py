@@ -191,7 +191,7 @@ class Engine:
             answer.decode_s += time.perf_counter() - resumed_s
             logger.debug("round: %s", outcome.summary)
             yield from pieces
-            yield RoundDone()
+            yield RoundDone(outcome)
             if answer.stopped:
                 break
             resumed_s = time.perf_counter()

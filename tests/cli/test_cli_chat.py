@@ -20,6 +20,8 @@ from draftloop.config import load_config
 from draftloop.engine import Engine, RoundDone
 from draftloop.errors import OutOfMemory
 from draftloop.loading import load_engine
+from draftloop.speculation.round import Round
+from draftloop.types import TokenKind
 
 pty = pytest.importorskip("pty", reason="needs a Unix terminal")
 
@@ -223,10 +225,12 @@ def test_a_second_interrupt_does_not_wait_for_the_round(loop, monkeypatch, capsy
 def test_rounds_without_text_can_be_stopped_too():
     asked = []
 
+    silent = Round((0,), (TokenKind.TARGET,), 0, 0, (), None, None)
+
     def silent_rounds():
         try:
             while len(asked) < 100:
-                yield RoundDone()
+                yield RoundDone(silent)
         finally:
             asked.append("closed")
 
