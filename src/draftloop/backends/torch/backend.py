@@ -1,23 +1,26 @@
 """PyTorch behind the seam: opens a device, loads folders, drafts, verifies and wears adapters.
 
-Contract: `backends/base.py`. Sequences of a batch are read one after another.
+Contract: `backends/base.py`. Sequences of a batch share each forward pass; where steps are recorded as CUDA
+graphs, which are one sequence's, they take turns.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from draftloop.backends.architecture import Architecture, read_architecture
 from draftloop.backends.base import Cache, Capabilities, PrefillJob, Proposal, ProposeJob, VerifyJob
-from draftloop.backends.torch.acceptance import drawn, mask, to_device, verdict_of
+from draftloop.backends.torch.acceptance import verdict_of
 from draftloop.backends.torch.adapter import adapter_forms, deployed_layers
 from draftloop.backends.torch.cuda.graphs import graphed_steps
 from draftloop.backends.torch.cuda.rounds import MOST_UNREAD, drafted, verified
 from draftloop.backends.torch.decoder import Decoder, TorchCache
+from draftloop.backends.torch.drafting import Draft, Piece, own_cache
 from draftloop.backends.torch.head import CutHead
 from draftloop.backends.torch.memory import memory_errors
 from draftloop.backends.torch.native.library import load_library
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from draftloop.backends.lora import AdapterForm, Lora
+    from draftloop.backends.torch.cuda.graphs import GraphedSteps
     from draftloop.backends.torch.weights import Weights
     from draftloop.backends.training import Example, TrainerSettings
     from draftloop.backends.vocabulary import CutVocabulary
@@ -72,6 +76,8 @@ class TorchModel:
             rows_of = loader.head_rows if drafts_from_text(loader.device) else None
             size = loader.architecture.vocab_size
             self._cut = CutHead(vocabulary, weights.head, rows_of, size, loader.device)
+        self._following: WeakKeyDictionary[TorchCache, CutHead] = WeakKeyDictionary()
+        """The cut head as each sequence's text has it."""
 
     @property
     def architecture(self) -> Architecture:
@@ -97,27 +103,30 @@ class TorchModel:
     def prefill(self, batch: Sequence[PrefillJob]) -> None:
         """See `Model`."""
         with memory_errors("reading a prompt", _SERVING_REMEDY):
-            for job in batch:
-                self._forward(job.cache, self._ids(job.tokens))
+            caches = [own_cache(job.cache) for job in batch]
+            self.decoder.forward_batch(caches, [self._ids(job.tokens) for job in batch])
 
     @torch.inference_mode()
     def propose(self, batch: Sequence[ProposeJob]) -> list[Proposal]:
         """See `Model`."""
         with memory_errors("drafting", _SERVING_REMEDY):
-            return [self._propose(job) for job in batch]
+            if self._steps is None:
+                return self._propose_by_steps(batch)
+            return [self._propose_recorded(self._steps, job) for job in batch]
 
     @torch.inference_mode()
     def verify(self, batch: Sequence[VerifyJob]) -> list[Verdict]:
         """See `Model`."""
         with memory_errors("verifying", _SERVING_REMEDY):
-            return [self._verify(job) for job in batch]
+            if self._steps is None:
+                return self._verify_together(batch)
+            return [self._verify_recorded(self._steps, job) for job in batch]
 
     @torch.inference_mode()
     def logits(self, cache: Cache, tokens: Sequence[int]) -> NDArray[np.float32]:
         """See `Model`."""
-        if self._cut is not None:
-            self._cut.follow(())
-        logits = self._spread(self._logits(cache, self._ids(tokens)), -torch.inf)
+        (rows,) = self._logits([Piece(own_cache(cache), self._ids(tokens), self._cut)])
+        logits = rows if self._cut is None else self._cut.spread(rows, -torch.inf)
         host: NDArray[np.float32] = logits.cpu().numpy()
         return host
 
@@ -144,87 +153,97 @@ class TorchModel:
     def _replay(self, example: Example) -> NDArray[np.float32]:
         if not example.num_rows:
             return np.empty(0, np.float32)
-        if self._cut is not None:
-            self._cut.follow(example.tokens)
+        cut = None if self._cut is None else self._cut.anew()
+        if cut is not None:
+            cut.follow(example.tokens)
         rows, first = rows_of(example, self._device), example.num_prompt_tokens - 1
         hidden = self.decoder.hidden_rows(self._ids(example.tokens[:-1]), first, _REPLAY_CHUNK_TOKENS)
-        alphas = [
-            row_alphas(self._example_rows(chunk, example, start), rows, example, start)
-            for start, chunk in zip(
-                range(0, example.num_rows, _REPLAY_CHUNK_ROWS), hidden.split(_REPLAY_CHUNK_ROWS), strict=True
+        alphas = []
+        for chunk, start in zip(
+            hidden.split(_REPLAY_CHUNK_ROWS), range(0, example.num_rows, _REPLAY_CHUNK_ROWS), strict=True
+        ):
+            # As the draft would have proposed by them.
+            logits = (
+                self.decoder.head(chunk)
+                if cut is None
+                else cut.followed_rows(chunk, example.tokens, example.num_prompt_tokens + start)
             )
-        ]
+            alphas.append(row_alphas(logits, rows, example, start))
         host: NDArray[np.float32] = torch.cat(alphas).cpu().numpy()
         return host
 
-    def _example_rows(self, hidden: torch.Tensor, example: Example, start: int) -> torch.Tensor:
-        """Logits [R, V] of an example's rows from `start` on, as the draft would have proposed by them."""
+    def _propose_recorded(self, steps: GraphedSteps, job: ProposeJob) -> Proposal:
+        cache, ids = own_cache(job.cache), self._ids(job.unread)
         if self._cut is None:
-            return self.decoder.head(hidden)
-        return self._cut.followed_rows(hidden, example.tokens, example.num_prompt_tokens + start)
-
-    def _propose(self, job: ProposeJob) -> Proposal:
-        ids = self._ids(job.unread)
-        if self._steps is not None and self._cut is None and isinstance(job.cache, TorchCache):
             if len(ids) > MOST_UNREAD:
-                self._logits(job.cache, ids[:-1], last=True)
+                self._logits([Piece(cache, ids[:-1])], last=True)
+                job = replace(job, unread=job.unread[-1:])
                 ids = ids[-1:]
-            proposal = drafted(self._steps, job.cache, ids, job)
+            proposal = drafted(steps, cache, ids, job)
             if proposal is not None:
                 return proposal
-        return self._propose_by_steps(job, ids)
+        return self._propose_by_steps([job])[0]
 
-    def _propose_by_steps(self, job: ProposeJob, ids: torch.Tensor) -> Proposal:
-        rules = job.rules
-        if self._cut is not None:
-            self._cut.follow(job.text)
-            rules = self._cut.vocabulary.rules(rules)
-        sampling = rules.sampling
-        uniforms = to_device(job.uniforms, self._device)
-        tokens: list[torch.Tensor] = []
-        rows: list[torch.Tensor] = []
-        for step in range(job.num_draft_tokens):
-            logits = self._logits(job.cache, ids, last=True)
-            logits = mask(logits, rules, first_row=step)
-            columns, row = drawn(logits, sampling, uniforms[step : step + 1])
-            rows += [] if row is None else [row]
-            ids = columns if self._cut is None else self._cut.token_ids(columns)
-            tokens.append(ids)
-        q = self._spread(torch.cat(rows), 0.0) if rows else None
-        return Proposal(torch.cat(tokens), q, job.num_draft_tokens)
+    def _propose_by_steps(self, batch: Sequence[ProposeJob]) -> list[Proposal]:
+        """Step j drafts for the sequences that want more than j tokens."""
+        drafts = [Draft(job, self._ids(job.unread), self._head_for(job), self._device) for job in batch]
+        for step in range(max(job.num_draft_tokens for job in batch)):
+            wanting = [draft for draft in drafts if draft.job.num_draft_tokens > step]
+            logits = self._logits([draft.piece for draft in wanting], last=True)
+            for draft, row in zip(wanting, logits, strict=True):
+                draft.draw(row)
+        return [draft.proposal() for draft in drafts]
 
-    def _verify(self, job: VerifyJob) -> Verdict:
-        ids = self._ids((job.last,))
-        if job.proposal.num_tokens:
-            guesses = job.proposal.tokens
-            ids = torch.cat((ids, guesses if isinstance(guesses, torch.Tensor) else self._ids(guesses)))
-        if self._steps is not None and self._cut is None and isinstance(job.cache, TorchCache):
-            verdict = verified(self._steps, job.cache, ids, job)
+    def _head_for(self, job: ProposeJob) -> CutHead | None:
+        """The cut head as this sequence's text has it."""
+        if self._cut is None:
+            return None
+        cache = own_cache(job.cache)
+        head = self._following.get(cache)
+        if head is None:
+            head = self._following[cache] = self._cut.anew()
+        head.follow(job.text)
+        return head
+
+    def _verify_recorded(self, steps: GraphedSteps, job: VerifyJob) -> Verdict:
+        if self._cut is None:
+            verdict = verified(steps, own_cache(job.cache), self._to_verify(job), job)
             if verdict is not None:
                 return verdict
-        return verdict_of(self._spread(self._logits(job.cache, ids), -torch.inf), job)
+        return self._verify_together([job])[0]
 
-    def _spread(self, rows: torch.Tensor, elsewhere: float) -> torch.Tensor:
-        """Columns of a cut head [R, n] -> columns that are token ids [R, V]; of a whole one as they are."""
-        return rows if self._cut is None else self._cut.spread(rows, elsewhere)
+    def _verify_together(self, batch: Sequence[VerifyJob]) -> list[Verdict]:
+        logits = self._logits([Piece(own_cache(job.cache), self._to_verify(job), self._cut) for job in batch])
+        if self._cut is not None:
+            logits = [self._cut.spread(rows, -torch.inf) for rows in logits]
+        return [verdict_of(rows, job) for rows, job in zip(logits, batch, strict=True)]
+
+    def _to_verify(self, job: VerifyJob) -> torch.Tensor:
+        """The last token and the guesses, [K+1]."""
+        ids, guesses = self._ids((job.last,)), job.proposal.tokens
+        if not job.proposal.num_tokens:
+            return ids
+        return torch.cat((ids, guesses if isinstance(guesses, torch.Tensor) else self._ids(guesses)))
 
     def _ids(self, tokens: Sequence[int] | NDArray[np.int32]) -> torch.Tensor:
         return torch.tensor(list(tokens), dtype=torch.long).to(self._device, non_blocking=True)
 
-    def _logits(self, cache: Cache, ids: torch.Tensor, *, last: bool = False) -> torch.Tensor:
-        """Read `ids` [T]: the head's logits of them [T, V or n] float32, or of the last one only."""
-        if self._steps is not None and isinstance(cache, TorchCache):
-            logits = self._steps.logits(cache, ids)
+    def _logits(self, pieces: Sequence[Piece], *, last: bool = False) -> list[torch.Tensor]:
+        """Read each piece: logits of all its tokens, [T, V or n] float32, or of the last one only."""
+        if self._steps is not None and len(pieces) == 1:
+            logits = self._steps.logits(pieces[0].cache, pieces[0].ids)
             if logits is not None:
-                return logits[-1:] if last else logits
-        hidden = self._forward(cache, ids)
-        rows = hidden[-1:] if last else hidden
-        return self.decoder.head(rows) if self._cut is None else self._cut.logits(rows)
-
-    def _forward(self, cache: Cache, ids: torch.Tensor) -> torch.Tensor:
-        if not isinstance(cache, TorchCache):
-            raise TypeError(f"a cache of {type(cache).__name__} does not belong to this model")
-        return self.decoder.forward(cache, ids)
+                return [logits[-1:] if last else logits]
+        hidden = self.decoder.forward_batch([one.cache for one in pieces], [one.ids for one in pieces])
+        counts = [len(one.ids) for one in pieces]
+        if last:
+            hidden = torch.cat([states[-1:] for states in hidden.split(counts)])
+            counts = [1] * len(counts)
+        rows = zip(pieces, self.decoder.head(hidden).split(counts), hidden.split(counts), strict=True)
+        return [
+            logits if piece.head is None else piece.head.widened(logits, states)
+            for piece, logits, states in rows
+        ]
 
 
 class TorchBackend:

@@ -1,11 +1,11 @@
 """The Llama skeleton's forward pass over a static KV cache (Llama, SmolLM2, Mistral, Qwen2, Qwen3).
 
-Contract: `forward` appends T tokens of one sequence to its cache and returns hidden states; `head` turns
-rows into logits. The residual stream is float32, the matrix products run in the checkpoint's dtype. Must
-not know sampling.
+Contract: `forward` appends T tokens of one sequence to its cache and returns hidden states, `forward_batch`
+those of several sequences; `head` turns rows into logits. The residual stream is float32, the matrix products
+run in the checkpoint's dtype. Must not know sampling.
 
-Letters: T new tokens, S cached tokens with the new ones, D hidden, H query heads, G key/value heads,
-R = H / G, E head width, V vocabulary.
+Letters: T new tokens, N those of all sequences, S cached tokens with the new ones, D hidden, H query heads,
+G key/value heads, R = H / G, E head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from draftloop.backends.torch.memory import memory_errors
 from draftloop.backends.torch.operations import Span, operations_for
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from draftloop.backends.architecture import Architecture
     from draftloop.backends.torch.weights import Weights
 
@@ -101,14 +103,29 @@ class Decoder:
 
     def forward(self, cache: TorchCache, tokens: torch.Tensor) -> torch.Tensor:
         """Read `tokens` [T]; the last norm's output, [T, D] in the activation dtype."""
-        span = self._span(cache.position, len(tokens), tokens.device)
-        cache.advance(len(tokens))
+        return self.forward_batch([cache], [tokens])
+
+    def forward_batch(self, caches: Sequence[TorchCache], tokens: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Read each sequence's tokens [T] into its own cache; the states of all, [N, D], one behind another.
+
+        Norms and products see one matrix, so the weights are read once for all sequences. Only attention is
+        each one's own.
+        """
+        counts = [len(part) for part in tokens]
+        spans = [self._span(cache, count) for cache, count in zip(caches, counts, strict=True)]
+        for cache, count in zip(caches, counts, strict=True):
+            cache.advance(count)
+        ids = tokens[0] if len(tokens) == 1 else torch.cat(tuple(tokens))
         # The draft may propose an id of its own padding; the target then reads its last row and rejects it.
-        x = self.weights.embedding(tokens.clamp(max=self.architecture.vocab_size - 1))
+        x = self.weights.embedding(ids.clamp(max=self.architecture.vocab_size - 1))
         steps, added = self.operations, None
-        for layer, values in zip(self.weights.layers, cache.values, strict=True):
-            qkv = layer.qkv(steps.norm(x, added, layer.input_norm))
-            added = layer.output(steps.attend(layer, qkv, values, span))
+        for index, layer in enumerate(self.weights.layers):
+            qkv = layer.qkv(steps.norm(x, added, layer.input_norm)).split(counts)
+            attended = [
+                steps.attend(layer, rows, cache.values[index], span)
+                for rows, cache, span in zip(qkv, caches, spans, strict=True)
+            ]
+            added = layer.output(attended[0] if len(attended) == 1 else torch.cat(attended))
             gate_up = layer.gate_up(steps.norm(x, added, layer.post_norm))
             added = layer.down(steps.gate(gate_up))
         return steps.norm(x, added, self.weights.final_norm)
@@ -127,11 +144,11 @@ class Decoder:
         """[T, D] -> logits [T, V] float32."""
         return self.weights.head(hidden).float()
 
-    def _span(self, start: int, count: int, device: torch.device) -> Span:
-        mask, end = None, start + count
+    def _span(self, cache: TorchCache, count: int) -> Span:
+        mask, start, end = None, cache.position, cache.position + count
         if count > 1 and self.operations.needs_mask:
             # Each new token sees the cache and the new ones up to itself; a group's queries share the rows.
-            seen = torch.ones(count, end, dtype=torch.bool, device=device).tril(start)
+            seen = torch.ones(count, end, dtype=torch.bool, device=cache.values.device).tril(start)
             mask = seen.repeat(self.architecture.num_heads // self.architecture.num_kv_heads, 1)
         return Span(start, end, self._cos[start:end], self._sin[start:end], mask)
 

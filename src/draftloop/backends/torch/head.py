@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class CutHead:
-    """The head of one draft.
+    """The head of one draft, as it follows one text.
 
     Args:
         chosen: what was chosen.
@@ -47,10 +47,15 @@ class CutHead:
         self._head = head
         self._rows_of = rows_of
         self._vocab_size = vocab_size
+        self._device = device
         self._beside: tuple[Linear, torch.Tensor] | None = None
         self._text: list[int] = []
         self._added = np.empty(0, np.int32)
         self._ids = torch.tensor(chosen.ids, dtype=torch.long, device=device)
+
+    def anew(self) -> CutHead:
+        """The same head, for another text."""
+        return CutHead(self.chosen, self._head, self._rows_of, self._vocab_size, self._device)
 
     def follow(self, text: Sequence[int] | NDArray[np.int32]) -> None:
         """Keep the tokens of this text beside those that were chosen, and of no other text.
@@ -72,7 +77,7 @@ class CutHead:
 
     def _add(self, added: NDArray[np.int32], rows_of: Callable[[NDArray[np.int32]], Linear]) -> None:
         """Put these rows, and no others, beside the chosen ones. Memory may run out: assign last."""
-        device = self._ids.device
+        device = self._device
         ids = np.concatenate((self.chosen.ids, added))
         order = np.argsort(ids)
         beside = (rows_of(added), torch.tensor(order, device=device)) if len(added) else None
@@ -82,11 +87,14 @@ class CutHead:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, n] float32."""
-        logits = self._head(hidden)
-        if self._beside is not None:
-            beside, order = self._beside
-            logits = torch.cat((logits, beside(hidden)), dim=1).index_select(1, order)
-        return logits.float()
+        return self.widened(self._head(hidden).float(), hidden)
+
+    def widened(self, chosen: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """This text's logits [T, n] of the states [T, D]; those of the chosen rows are every text's."""
+        if self._beside is None:
+            return chosen
+        beside, order = self._beside
+        return torch.cat((chosen, beside(hidden).float()), dim=1).index_select(1, order)
 
     def token_ids(self, columns: torch.Tensor) -> torch.Tensor:
         """Columns -> the ids that they stand for."""
