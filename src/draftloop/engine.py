@@ -29,7 +29,7 @@ from draftloop.speculation.stream import (
 from draftloop.speculation.suffix import SuffixIndex
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from draftloop.backends.base import Backend
     from draftloop.learning.deployment import ActiveAdapter, Deployed
@@ -83,6 +83,11 @@ class Engine:
         self._cache_clear_frequency = cache_clear_frequency
         self._answers = 0
 
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """What is kept of past texts."""
+        return 0 if self._prefixes is None else self._prefixes.num_bytes
+
     def open_conversation(self) -> Conversation:
         """Empty caches for a conversation of several turns."""
         return Conversation(self.pair)
@@ -115,7 +120,7 @@ class Engine:
         request: Request,
         conversation: Conversation | None = None,
         experience: Experience | None = None,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Answer one request.
 
         Args:

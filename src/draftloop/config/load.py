@@ -134,7 +134,8 @@ def _describe(schema: Mapping[str, Any]) -> str:
         return f"one of {', '.join(map(str, schema['enum']))}"
     kind = schema["type"]
     if kind == "array":
-        return f"a list with at least one entry, each {_describe(schema['items'])}"
+        size = "with at least one entry" if schema.get("minItems") else "of any length"
+        return f"a list {size}, each {_describe(schema['items'])}"
     nouns = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
     words = {
         "minimum": "of at least",

@@ -61,6 +61,7 @@ def _no_repeats(values: tuple[str, ...]) -> tuple[str, ...]:
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 CountOrNone = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(gt=0)]
 Name = Annotated[str, AfterValidator(_name)]
 Module = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -188,6 +189,14 @@ class AdaptationSettings(Settings):
     revert_after_requests: Count = 20
 
 
+class ServerSettings(Settings):
+    """How `serve` is reached, and how much it bears."""
+
+    max_queued_requests: CountOrNone = 64
+    request_timeout_s: Seconds = 600.0
+    shutdown_timeout_s: Annotated[float, Field(ge=0)] = 60.0
+
+
 class Config(Settings):
     """Every setting. `Config()` is the built-in default."""
 
@@ -202,6 +211,7 @@ class Config(Settings):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     storage: StorageSettings = StorageSettings()
     adaptation: AdaptationSettings = AdaptationSettings()
+    server: ServerSettings = ServerSettings()
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:

@@ -1,0 +1,47 @@
+"""The application: the service's routes, and its life from the first request to the last.
+
+Contract: `create_app` makes one that serves `Service` and nothing else; no state outside it. Must not know
+how an answer is made, nor sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from draftloop.server import health
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from draftloop.server.service import Service
+
+
+def create_app(service: Service) -> FastAPI:
+    """The ASGI application. Its life starts and stops the worker."""
+    app = FastAPI(
+        title="Draftloop",
+        version=version("draftloop"),
+        lifespan=_life,
+        # Their pages load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.service = service
+    app.include_router(health.router)
+    return app
+
+
+@asynccontextmanager
+async def _life(app: FastAPI) -> AsyncIterator[None]:
+    service: Service = app.state.service
+    service.worker.start()
+    try:
+        yield
+    finally:
+        # Who streams has been waited for; what is left has had its time.
+        await asyncio.to_thread(service.worker.stop, service.config.server.shutdown_timeout_s)

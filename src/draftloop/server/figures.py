@@ -1,0 +1,123 @@
+"""What the worker counts: outcomes, tokens, recent rounds, times to tokens.
+
+Contract: written by the models' thread and the event loop, read by anyone, under a lock of its own. A metric
+is computed by `speculation.metrics`. Must not know HTTP, nor how a figure is shown.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from draftloop.speculation.metrics import Tally, tokens_per_second
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from draftloop.answers import Completion
+    from draftloop.speculation.round import Round
+
+RECENT_ROUNDS = 256
+"""Rounds that alpha, tau, K and the current speed are taken over."""
+
+
+class Outcome(StrEnum):
+    """How a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    TIMED_OUT = "timed_out"
+    REFUSED = "refused"
+    """The engine cannot answer it as it is: a prompt too long."""
+    FAILED = "failed"
+    QUEUE_FULL = "queue_full"
+    SHUTTING_DOWN = "shutting_down"
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Sums since the start, and what recent rounds say.
+
+    Attributes:
+        requests: by outcome; each outcome is there.
+        prompt_tokens, cached_tokens: of completed answers; cached ones were not read again.
+        total: all rounds, of cancelled answers too.
+        recent: the newest `RECENT_ROUNDS`.
+        drafted_per_round: of those, how many rounds drafted 0, 1, … tokens by the model.
+        tokens_per_s: of the newest rounds; None before the first.
+        last_tokens_per_s: of the newest completed answer.
+        mean_tokens_per_s: of all completed answers.
+        mean_answer_s: seconds that a completed answer took the models.
+    """
+
+    requests: Mapping[Outcome, int]
+    prompt_tokens: int
+    cached_tokens: int
+    total: Tally
+    recent: Tally
+    drafted_per_round: Mapping[int, int]
+    tokens_per_s: float | None
+    last_tokens_per_s: float | None
+    mean_tokens_per_s: float | None
+    mean_answer_s: float | None
+
+
+class Figures:
+    """Counters. `round_done`, `completed` and `ended` are called as things happen."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests: Counter[Outcome] = Counter()
+        self._total = Tally()
+        self._recent: deque[Round] = deque(maxlen=RECENT_ROUNDS)
+        self._prompt_tokens = self._cached_tokens = self._answers = self._answer_tokens = 0
+        self._prompt_s = self._decode_s = 0.0
+        self._last_tokens_per_s: float | None = None
+
+    def round_done(self, outcome: Round) -> None:
+        """One round of any answer."""
+        with self._lock:
+            self._total.add(outcome)
+            self._recent.append(replace(outcome, trace=None))
+
+    def completed(self, completion: Completion) -> None:
+        """One answer came to its end."""
+        with self._lock:
+            self._requests[Outcome(completion.finish_reason.value)] += 1
+            self._prompt_tokens += completion.prompt_tokens
+            self._cached_tokens += completion.cached_tokens
+            self._answers += 1
+            self._answer_tokens += len(completion.token_ids)
+            self._prompt_s += completion.prompt_s
+            self._decode_s += completion.decode_s
+            self._last_tokens_per_s = completion.tokens_per_s
+
+    def ended(self, outcome: Outcome) -> None:
+        """One request ended otherwise."""
+        with self._lock:
+            self._requests[outcome] += 1
+
+    def counts(self) -> Counts:
+        """All of it, now."""
+        with self._lock:
+            recent, rounds = Tally(), list(self._recent)
+            for one in rounds:
+                recent.add(one)
+            seconds = sum(one.seconds or 0.0 for one in rounds)
+            answer_s = self._prompt_s + self._decode_s
+            return Counts(
+                requests={outcome: self._requests[outcome] for outcome in Outcome},
+                prompt_tokens=self._prompt_tokens,
+                cached_tokens=self._cached_tokens,
+                total=replace(self._total),
+                recent=recent,
+                drafted_per_round=dict(sorted(Counter(one.drafted_tokens for one in rounds).items())),
+                tokens_per_s=tokens_per_second(recent.completion_tokens, seconds),
+                last_tokens_per_s=self._last_tokens_per_s,
+                mean_tokens_per_s=tokens_per_second(self._answer_tokens, self._decode_s),
+                mean_answer_s=answer_s / self._answers if self._answers else None,
+            )

@@ -1,0 +1,72 @@
+"""Everything that a route may need, and how it gets it.
+
+Contract: made once (`app.create_app`), kept in the application's state, frozen. Must not know any route.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from fastapi import Request  # noqa: TC002  # FastAPI reads annotations when it runs
+
+from draftloop.server.worker import Worker
+
+if TYPE_CHECKING:
+    from draftloop.config import Config
+    from draftloop.engine import Engine
+    from draftloop.models.tokenizer import Tokenizer
+    from draftloop.server.worker import Attendant
+    from draftloop.storage.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What the routes serve.
+
+    Attributes:
+        config: the settings; `storage.collect` is false where nothing is stored.
+        tokenizer: of the pair. It is read by any thread.
+        worker: owns the models.
+        store: where answers are kept; None where there is none.
+        with_draft: False where the target answers alone.
+    """
+
+    config: Config
+    tokenizer: Tokenizer
+    worker: Worker
+    store: Store | None = None
+    with_draft: bool = True
+
+    @property
+    def model(self) -> str:
+        """The name that clients ask for: the target's."""
+        return self.config.models.target.name
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Longest prompt and answer together."""
+        return self.config.models.target.max_kv_cache_tokens
+
+
+def open_service(
+    config: Config,
+    engine: Engine,
+    store: Store | None = None,
+    *,
+    learner: Attendant | None = None,
+    with_draft: bool = True,
+) -> Service:
+    """Put a loaded engine behind a worker, as the settings have it. From now on it is the worker's."""
+    worker = Worker(
+        engine,
+        max_queued_requests=config.server.max_queued_requests,
+        request_timeout_s=config.server.request_timeout_s,
+        learner=learner,
+    )
+    return Service(config, engine.tokenizer, worker, store, with_draft)
+
+
+def get_service(request: Request) -> Service:
+    """The service behind a request: a FastAPI dependency."""
+    return cast("Service", request.app.state.service)

@@ -1,0 +1,346 @@
+"""The thread that owns the models: requests go in, tickets come out.
+
+Contract: the engine is touched by this thread and no other. An answer that fails ends alone; a cancelled or
+late one ends between two of its events, so within one round. Whatever happens, every ticket gets its end.
+Must not know HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from draftloop.answers import Completion
+from draftloop.errors import DraftloopError, InputError
+from draftloop.server.figures import Counts, Figures, Outcome
+from draftloop.server.queue import FairQueue
+from draftloop.server.tickets import AnswerFailed, Cancelled, QueueFull, ShuttingDown, Ticket, TimedOut
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Generator
+
+    from draftloop.answers import Event
+    from draftloop.engine import Engine
+    from draftloop.server.tickets import Job
+    from draftloop.speculation.stream import Conversation
+
+T = TypeVar("T")
+
+MAX_ACTIVE = 1
+"""Answers made at a time: a round is one stream's."""
+
+logger = logging.getLogger(__name__)
+
+
+class Attendant(Protocol):
+    """Who wants to know when the models are busy: learning, which then holds back."""
+
+    def began(self) -> None:
+        """Somebody is being answered."""
+        ...
+
+    def ended(self) -> None:
+        """Nobody is, and nobody waits."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """How the worker fares.
+
+    Attributes:
+        ready: it takes requests.
+        draining: it takes none any more.
+        active, queued: requests being answered, and waiting.
+        adapter: what the draft wears; None is the bare draft.
+        kv_bytes: what the answers being made hold in both models' caches.
+        prefix_cache_bytes: what is kept of past texts.
+        counts: everything that is counted.
+    """
+
+    ready: bool
+    draining: bool
+    active: int
+    queued: int
+    adapter: str | None
+    kv_bytes: int
+    prefix_cache_bytes: int
+    counts: Counts
+
+
+@dataclass(slots=True, eq=False)
+class _Active:
+    """One answer being made."""
+
+    ticket: Ticket
+    conversation: Conversation
+    events: Generator[Event, None, None]
+
+    @property
+    def kv_bytes(self) -> int:
+        caches = (self.conversation.target_cache, self.conversation.draft_cache)
+        return sum(cache.position * cache.bytes_per_token for cache in caches if cache is not None)
+
+
+class Worker:
+    """Answers requests, one after another, in a thread of its own.
+
+    Args:
+        engine: whose models; from `start` on it is this thread's.
+        max_queued_requests: so many may wait beside those being answered.
+        request_timeout_s: how long an answer may take, counted from its arrival.
+        learner: told when the models are busy.
+        clock: seconds, growing.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_queued_requests: int,
+        request_timeout_s: float,
+        learner: Attendant | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._max_queued_requests = max_queued_requests
+        self._request_timeout_s = request_timeout_s
+        self._learner = learner
+        self._clock = clock
+        self._figures = Figures()
+        self._changed = threading.Condition()
+        """Guards everything below, and wakes the thread."""
+        self._queue = FairQueue()
+        self._calls: list[tuple[Callable[[Engine], Any], Future[Any]]] = []
+        self._active: list[_Active] = []
+        self._adapter = engine.adapter
+        self._kv_bytes = self._prefix_cache_bytes = 0
+        self._busy = False
+        self._draining = self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="models", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def submit(self, job: Job) -> Ticket:
+        """Take a request; called on the event loop that reads the ticket.
+
+        Raises:
+            QueueFull: as many wait as may.
+            ShuttingDown: nothing is taken any more.
+        """
+        arrived_s = self._clock()
+        ticket = Ticket(job, arrived_s, arrived_s + self._request_timeout_s)
+        with self._changed:
+            if self._draining:
+                self._figures.ended(Outcome.SHUTTING_DOWN)
+                raise ShuttingDown
+            if len(self._queue) >= self._room():
+                self._drop_from_queue(lambda one: one.cancelled, Cancelled(), Outcome.CANCELLED)
+            if len(self._queue) >= self._room():
+                self._figures.ended(Outcome.QUEUE_FULL)
+                raise QueueFull(len(self._queue), self._retry_after_s())
+            self._queue.put(ticket)
+            self._changed.notify_all()
+        return ticket
+
+    def call(self, work: Callable[[Engine], T]) -> Awaitable[T]:
+        """Have `work` done on the models' thread while nobody is answered; called on an event loop.
+
+        Raises:
+            ShuttingDown: the thread is gone, or goes before its turn.
+        """
+        future: Future[T] = Future()
+        with self._changed:
+            if self._stopping:
+                raise ShuttingDown
+            self._calls.append((work, future))
+            self._changed.notify_all()
+        return asyncio.wrap_future(future)
+
+    def drain(self) -> None:
+        """Take nothing any more; who waits is sent away, who is being answered gets the rest."""
+        with self._changed:
+            self._draining = True
+            self._drop_from_queue(lambda _: True, ShuttingDown(), Outcome.SHUTTING_DOWN)
+
+    def stop(self, timeout_s: float) -> bool:
+        """Break off what is being answered and end the thread; whether it has ended within that time."""
+        self.drain()
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def snapshot(self) -> Snapshot:
+        """How things stand; from any thread."""
+        with self._changed:
+            return Snapshot(
+                ready=self._thread.is_alive() and not self._draining,
+                draining=self._draining,
+                active=len(self._active),
+                queued=sum(not ticket.cancelled for ticket in self._queue),
+                adapter=self._adapter,
+                kv_bytes=self._kv_bytes,
+                prefix_cache_bytes=self._prefix_cache_bytes,
+                counts=self._figures.counts(),
+            )
+
+    def _room(self) -> int:
+        """Places to wait in: a request that can be answered at once only passes through."""
+        return self._max_queued_requests + MAX_ACTIVE - len(self._active)
+
+    def _retry_after_s(self) -> int:
+        """A place is free when the next answer is done."""
+        return max(1, math.ceil(self._figures.counts().mean_answer_s or 1))
+
+    def _drop_from_queue(
+        self, where: Callable[[Ticket], bool], error: DraftloopError, outcome: Outcome
+    ) -> None:
+        for ticket in self._queue.remove(where):
+            self._figures.ended(outcome)
+            ticket.deliver(error)
+
+    def _run(self) -> None:
+        """The thread: advance each answer by one event, heed who went away, admit who waits."""
+        try:
+            while self._wait_for_work():
+                self._do_calls()
+                self._admit()
+                for answer in list(self._active):
+                    self._advance(answer)
+                self._look_around()
+        except BaseException:
+            logger.exception("the models' thread ended")
+            raise
+        finally:
+            self._leave()
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is something to do; False where it is to stop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._active or len(self._queue) or self._calls or self._stopping)
+            return not self._stopping
+
+    def _do_calls(self) -> None:
+        if self._active:
+            return
+        with self._changed:
+            calls, self._calls = self._calls, []
+        for work, future in calls:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work(self._engine))
+                except Exception as error:
+                    future.set_exception(error)
+
+    def _admit(self) -> None:
+        """Begin the next answers, where there is a place and no call waits for a pause."""
+        now_s = self._clock()
+        with self._changed:
+            self._drop_from_queue(lambda one: one.cancelled, Cancelled(), Outcome.CANCELLED)
+            late = TimedOut(self._request_timeout_s)
+            self._drop_from_queue(lambda one: now_s >= one.deadline_s, late, Outcome.TIMED_OUT)
+            begun: list[Ticket] = []
+            while not self._calls and len(self._active) + len(begun) < MAX_ACTIVE:
+                ticket = self._queue.take()
+                if ticket is None:
+                    break
+                begun.append(ticket)
+        for ticket in begun:
+            self._begin(ticket)
+
+    def _begin(self, ticket: Ticket) -> None:
+        if self._learner is not None and not self._busy:
+            self._learner.began()
+        self._busy = True
+        try:
+            self._follow_adapter()
+            conversation = self._engine.open_conversation()
+            events = self._engine.stream(ticket.job.request, conversation)
+        except Exception as error:
+            self._fail(ticket, error)
+            return
+        with self._changed:
+            self._active.append(_Active(ticket, conversation, events))
+
+    def _follow_adapter(self) -> None:
+        """Another adapter may have become active; a damaged one costs nobody an answer."""
+        try:
+            self._engine.follow_adapter()
+        except DraftloopError as error:
+            logger.warning("the draft goes on with what it wears: %s", error)
+
+    def _advance(self, answer: _Active) -> None:
+        """One event further, or its end."""
+        ticket = answer.ticket
+        if ticket.cancelled:
+            self._break_off(answer, Cancelled(), Outcome.CANCELLED)
+        elif self._clock() >= ticket.deadline_s:
+            self._break_off(answer, TimedOut(self._request_timeout_s), Outcome.TIMED_OUT)
+        else:
+            try:
+                event = next(answer.events)
+            except Exception as error:
+                self._remove(answer)
+                self._fail(ticket, error)
+                return
+            if isinstance(event, Completion):
+                self._remove(answer)
+                self._figures.completed(event)
+            ticket.deliver(event)
+
+    def _break_off(self, answer: _Active, error: DraftloopError, outcome: Outcome) -> None:
+        """Close a stream between two events: what was said is stored."""
+        self._remove(answer)
+        self._figures.ended(outcome)
+        answer.ticket.deliver(error)
+
+    def _remove(self, answer: _Active) -> None:
+        """Give its place and its caches' memory back."""
+        try:
+            answer.events.close()
+        except Exception:
+            logger.exception("an answer did not end well")
+        with self._changed:
+            self._active.remove(answer)
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        if isinstance(error, DraftloopError):
+            self._figures.ended(Outcome.REFUSED if isinstance(error, InputError) else Outcome.FAILED)
+            ticket.deliver(error)
+            return
+        logger.error("an answer failed", exc_info=error)
+        self._figures.ended(Outcome.FAILED)
+        ticket.deliver(AnswerFailed(error))
+
+    def _look_around(self) -> None:
+        """Note what others ask about, and tell the learner where nobody is answered and nobody waits."""
+        self._adapter = self._engine.adapter
+        self._kv_bytes = sum(answer.kv_bytes for answer in self._active)
+        self._prefix_cache_bytes = self._engine.prefix_cache_bytes
+        if self._busy and not self._active and not len(self._queue):
+            self._busy = False
+            if self._learner is not None:
+                self._learner.ended()
+
+    def _leave(self) -> None:
+        """The thread ends, as it was told or because it broke: nobody is left waiting."""
+        self.drain()
+        for answer in list(self._active):
+            self._break_off(answer, ShuttingDown(), Outcome.SHUTTING_DOWN)
+        with self._changed:
+            self._stopping = True
+            calls, self._calls = self._calls, []
+        for _, future in calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(ShuttingDown())

@@ -1,0 +1,27 @@
+"""Health and readiness, and the application's life around the worker."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from starlette.testclient import TestClient
+
+from draftloop.config import load_config
+from draftloop.server.app import create_app
+from draftloop.server.service import open_service
+
+if TYPE_CHECKING:
+    from stepped import SteppedEngine
+
+
+def test_the_application_is_ready_until_it_drains(engine: SteppedEngine) -> None:
+    service = open_service(load_config().config, engine)
+    engine.free()
+    with TestClient(create_app(service)) as client:
+        assert client.get("/health").json() == {"status": "ok"}
+        assert client.get("/ready").json() == {"status": "ready"}
+        service.worker.drain()
+        assert client.get("/health").status_code == 200
+        answer = client.get("/ready")
+        assert (answer.status_code, answer.json()) == (503, {"status": "shutting down"})
+    assert service.worker.stop(0)
