@@ -199,7 +199,7 @@ class Watched:
 def steady_costs(monkeypatch: pytest.MonkeyPatch, draft_s: float = 0.001) -> None:
     """A drafted token costs the same in every outfit."""
 
-    def seconds(draft: object, outfits: Sequence[object], num_draft_tokens: int) -> list[list[float]]:
+    def seconds(draft: object, outfits: Sequence[object], *how: object) -> list[list[float]]:
         return [[draft_s] for _ in outfits]
 
     monkeypatch.setattr("draftloop.learning.forms.interleaved_draft_seconds", seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from draftloop.backends.architecture import read_architecture
 from draftloop.backends.lora import AdapterForm, Lora, LoraModule, LoraSpec, new_lora
 from draftloop.learning.recipe import Recipe
 from draftloop.models.adapter_files import read_adapter, write_adapter
+from draftloop.speculation.costs import RoundCosts
 from draftloop.storage.records import AdapterRecord, AdapterStatus, PairKey, RunStatus
+from draftloop.types import Sampling
 
 GAIN = {
     "gain": 0.0883,
@@ -124,6 +127,7 @@ def recipe_of(classroom):
         parent=None,
         timed_round=None,
         facts={"backend": "torch", "device": "cpu"},
+        by_width=RoundCosts(((1, 0.05), (4, 0.07)), 0.01, 0.002, 0.001, Sampling(0.7, 0.9)),
     )
 
 
@@ -148,6 +152,9 @@ def test_show_tells_what_reproduces_it(adapters, classroom):
     assert "backend torch" in text
     figures = adapters("show", "a0001", "--json").json
     assert Recipe.from_json(figures["recipe"]) == recipe
+    # An older version's calibration did not tell the sampling.
+    del figures["recipe"]["by_width"]["sampling"]
+    assert Recipe.from_json(figures["recipe"]).by_width == replace(recipe.by_width, sampling=Sampling())
     assert figures["metrics"]["gain"] == GAIN["gain"]
     assert figures["folder"] == str(classroom.data / "adapters" / "a0001")
 

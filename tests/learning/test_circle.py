@@ -368,4 +368,6 @@ def test_a_schedules_draft_is_judged_by_whatever_costs_were_measured(
     school = classroom.school(store, **adaptive)
     assert school.by_width is not None
     assert school.by_width.verify_at(1) > 0
+    # What the gate times is set off against them, so it is told how they were measured.
+    assert school.by_width.sampling.greedy == (measured.get("speculative__temperature") == 0)
     assert classroom.school(store).by_width is None

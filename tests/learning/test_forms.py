@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from draftloop.learning.forms import (
 from draftloop.learning.judging import HeldOut, judge_candidate
 from draftloop.learning.replayed import TimedRound
 from draftloop.speculation.costs import RoundCosts
+from draftloop.speculation.timing import GREEDY
 from draftloop.types import Rules, Sampling
 
 ADAPTER = Lora(LoraSpec(2, 4.0, ("q_proj",)), {})
@@ -90,7 +92,7 @@ def costs(monkeypatch):
     def give(bare, incumbent, *of_forms):
         by_form = dict(zip((UNFUSED, FUSED16, FUSED4), of_forms, strict=True))
 
-        def timings(draft, outfits, k):
+        def timings(draft, outfits, k, sampling):
             seconds = [by_form[one.form] for one in outfits]
             if outfits[0] == Outfit():
                 seconds[:2] = bare, incumbent
@@ -212,7 +214,7 @@ def test_verification_is_what_the_drafts_leave_of_a_round(costs):
 def test_times_are_taken_in_turn_and_the_cache_is_left_as_it_was():
     draft = FakeDraft(alphas())
     outfits = [Outfit(), Outfit(ADAPTER, UNFUSED), Outfit(ADAPTER, FUSED4)]
-    seconds = interleaved_draft_seconds(draft, outfits, 4)
+    seconds = interleaved_draft_seconds(draft, outfits, 4, Sampling())
     assert len(seconds) == 3
     assert all(len(timings) == 2 * TIMED_PROPOSALS and min(timings) > 0 for timings in seconds)
     turns = [draft.proposed[i] for i in range(0, len(draft.proposed), TIMED_PROPOSALS + 1)]
@@ -274,6 +276,21 @@ def test_the_calibration_follows_the_machines_mood(costs):
     costs(0.03, 0.03, 0.04, 0.04, 0.04)
     cost = choose(FakeDraft(alphas()), by_width=BY_WIDTH).cost
     assert cost.round_s(1) == pytest.approx(0.04 + 3 * 0.06)
+
+
+def test_drafts_are_timed_as_the_calibration_drafted(monkeypatch):
+    """Sampled steps cost more than greedy ones; that is no mood of the machine's."""
+
+    def proposals(draft, k, times, *, rules=GREEDY):
+        return [k * (0.01 if rules.sampling.greedy else 0.02)] * times
+
+    monkeypatch.setattr("draftloop.learning.forms.time_proposals", proposals)
+    for sampling, draft_s in ((Sampling(), 0.01), (Sampling(temperature=0.7, top_p=0.9), 0.02)):
+        cost = choose(
+            FakeDraft(alphas()), by_width=replace(BY_WIDTH, draft_s=draft_s, sampling=sampling)
+        ).cost
+        assert cost.round_s(0) == pytest.approx(0.05)
+        assert cost.round_s(1) == pytest.approx(draft_s + 0.06)
 
 
 def test_without_any_example_the_plainest_form_stays(costs):

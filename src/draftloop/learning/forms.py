@@ -18,6 +18,7 @@ from draftloop.learning.replayed import RoundCost
 from draftloop.learning.student import student_quantile
 from draftloop.speculation.metrics import tokens_per_round
 from draftloop.speculation.timing import time_proposals
+from draftloop.types import Rules, Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -183,11 +184,12 @@ def choose_form(
         num_draft_tokens: K, or the most that a schedule may choose.
         timed_round: what a round with the incumbent took; its verification is what the drafts leave of it.
             None where no round was ever timed.
-        by_width: what rounds were calibrated to cost, where a schedule chooses K.
+        by_width: what rounds were calibrated to cost, where a schedule chooses K. Drafts are timed under its
+            sampling, since the verification is scaled by them.
         compared: is called with the share of an example that has been replayed.
     """
-    best = Outfit(lora)
-    timings = interleaved_draft_seconds(draft, [Outfit(), incumbent, best], num_draft_tokens)
+    best, sampling = Outfit(lora), Sampling() if by_width is None else by_width.sampling
+    timings = interleaved_draft_seconds(draft, [Outfit(), incumbent, best], num_draft_tokens, sampling)
     bare_s, incumbent_s = (statistics.median(one) for one in timings[:2])
     verify_s = _verify_seconds(timed_round, incumbent_s)
     now = by_width and _as_now(by_width, bare_s, num_draft_tokens)
@@ -202,7 +204,8 @@ def choose_form(
             figures[form] = FormFigures()
             fitting.passed_over()
             continue
-        own, rival = map(fitting.timed, interleaved_draft_seconds(draft, [outfit, best], num_draft_tokens))
+        timings = interleaved_draft_seconds(draft, [outfit, best], num_draft_tokens, sampling)
+        own, rival = map(fitting.timed, timings)
         if own.cost.draft_s >= rival.cost.draft_s:
             figures[form] = FormFigures(own.cost.draft_s)
             fitting.passed_over()
@@ -297,13 +300,14 @@ def _as_now(calibrated: RoundCosts, bare_s: float, num_draft_tokens: int) -> Rou
 
 
 def interleaved_draft_seconds(
-    draft: Model, outfits: Sequence[Outfit], num_draft_tokens: int
+    draft: Model, outfits: Sequence[Outfit], num_draft_tokens: int, sampling: Sampling
 ) -> list[list[float]]:
     """Seconds a drafted token in each outfit, several of each, in turn, so that a busy moment hits all."""
     passes: list[list[float]] = [[] for _ in outfits]
+    rules = Rules(sampling)
     for _ in range(INTERLEAVED_PASSES):
         for seconds, outfit in zip(passes, outfits, strict=True):
             draft.set_adapter(outfit.lora, outfit.form)
-            proposals_s = time_proposals(draft, num_draft_tokens, TIMED_PROPOSALS)
+            proposals_s = time_proposals(draft, num_draft_tokens, TIMED_PROPOSALS, rules=rules)
             seconds.extend(one / num_draft_tokens for one in proposals_s)
     return passes

@@ -6,7 +6,7 @@ ends as it would have ended. Must not know a backend or the store.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from draftloop.backends.vocabulary import CutVocabulary
@@ -14,6 +14,7 @@ from draftloop.config.schema import TrainingSettings
 from draftloop.errors import StorageError
 from draftloop.learning.replayed import TimedRound
 from draftloop.speculation.costs import RoundCosts
+from draftloop.types import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -92,8 +93,7 @@ class Recipe:
             timed = values["timed_round"] and TimedRound(**values["timed_round"])
             # A run of an older version has none.
             costs = values.get("by_width")
-            by_width = costs and replace(RoundCosts(**costs), verify_s=tuple(map(tuple, costs["verify_s"])))
-            found = {"settings": settings, "timed_round": timed, "by_width": by_width}
+            found = {"settings": settings, "timed_round": timed, "by_width": costs and _costs_of(costs)}
             recipe = cls(**{**values, **ids, **found})
             recipe.cut(None)
             return recipe
@@ -101,3 +101,10 @@ class Recipe:
             raise StorageError(
                 f"the run's recipe cannot be read: {error}", remedy="Train without --resume."
             ) from error
+
+
+def _costs_of(values: Mapping[str, Any]) -> RoundCosts:
+    """What `asdict` made of them; an older version did not tell the sampling, and timed greedily."""
+    points = tuple((width, seconds) for width, seconds in values["verify_s"])
+    sampling = Sampling(**values.get("sampling", {}))
+    return RoundCosts(**{**values, "verify_s": points, "sampling": sampling})

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from draftloop.errors import DraftloopError
@@ -120,6 +120,7 @@ def measure_costs(
         draft_s=draft_s,
         draft_round_s=one.best_s - draft_s,
         read_s=read_s,
+        sampling=rounds.sampling,
     )
 
 
@@ -162,7 +163,8 @@ def known_costs(rounds: ServedRounds, facts: Mapping[str, str]) -> RoundCosts | 
     widest = stored.get("widest")
     if not isinstance(widest, int) or widest < rounds.widest:
         return None
-    return _costs_of(stored, key)
+    costs = _costs_of(stored, key)
+    return None if costs is None else replace(costs, sampling=rounds.sampling)
 
 
 def calibration_path(key: Mapping[str, str]) -> Path:

@@ -10,6 +10,8 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from draftloop.types import Sampling
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -29,12 +31,15 @@ class RoundCosts:
         draft_s: of each drafted token.
         draft_round_s: what asking the draft costs beside that, once a round.
         read_s: of each token that the draft reads to catch up.
+        sampling: how the tokens were chosen meanwhile. What is timed to be set off against these seconds is
+            timed likewise: sampled steps cost more than greedy ones.
     """
 
     verify_s: tuple[tuple[int, float], ...]
     draft_s: float
     draft_round_s: float
     read_s: float
+    sampling: Sampling = Sampling()  # noqa: RUF009  # frozen
 
     def verify_at(self, width: int) -> float:
         """Seconds of the target's step over `width` tokens."""
