@@ -7,12 +7,10 @@ line.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import platform
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +28,9 @@ from draftloop.models.folder import heads_digest
 from draftloop.models.memory import MEGABYTE, MemoryPlan, plan_memory
 from draftloop.models.resolve import locate, resolve
 from draftloop.models.tokenizer import Tokenizer, check_tokenizers_agree
-from draftloop.speculation.calibration import ServedRounds, calibrated_costs, known_costs
+from draftloop.speculation.calibration import ServedRounds, calibrated_costs
 from draftloop.speculation.prefixes import PrefixCache
+from draftloop.speculation.remembered import calibration_facts, nearest_costs
 from draftloop.speculation.schedule import Schedule
 from draftloop.speculation.stream import Pair
 from draftloop.speculation.suffix import BYTES_PER_TOKEN, SuffixIndex
@@ -240,7 +239,7 @@ def open_school(config: Config, prepared: PreparedDraft, store: Store) -> School
             "draft_vocabulary": "full" if vocabulary is None else vocabulary.name,
         },
         vocabulary=vocabulary,
-        by_width=_calibrated_before(config, prepared, vocabulary),
+        by_width=_costs_before(config, prepared.backend, _target_here(config), prepared.folder, vocabulary),
     )
 
 
@@ -257,55 +256,36 @@ def _vocabulary(
     return choose_vocabulary(store, pair_of(config), config.speculative.draft_vocabulary, wanted)
 
 
-def _calibrated_before(
-    config: Config, prepared: PreparedDraft, vocabulary: CutVocabulary | None
-) -> RoundCosts | None:
-    """What this pair's rounds cost when it last answered here; the target itself is not needed."""
-    if config.speculative.schedule == "fixed":
-        return None
-    try:
-        target_folder = locate(config.models.target.name)
-    except DraftloopError as error:
-        logger.debug("what rounds cost is not known without the target: %s", error)
-        return None
-    if target_folder is None:
-        return None
-    facts = calibration_facts(prepared.backend, target_folder, prepared.folder, vocabulary)
-    served = served_rounds(config)
-    # Who answers with flags of his own has measured under those: better than nothing.
-    tried = (
-        replace(served, sampling=sampling, trace=trace)
-        for sampling in (served.sampling, Sampling(), Sampling(temperature=1.0, top_p=0.9))
-        for trace in (served.trace, not served.trace)
-    )
-    return next((costs for rounds in tried if (costs := known_costs(rounds, facts)) is not None), None)
-
-
 def costs_known(config: Config, prepared: Prepared, store: Store | None) -> RoundCosts | None:
     """What rounds of this pair cost here, as measured before; None where they were not, or need not be."""
-    if prepared.draft_folder is None or prepared.draft is None or config.speculative.schedule == "fixed":
+    if prepared.draft_folder is None or prepared.draft is None:
         return None
     backend, draft = prepared.backend, prepared.draft
     vocabulary = _vocabulary(config, backend, prepared.tokenizer, draft, store)
-    facts = calibration_facts(backend, prepared.target_folder, prepared.draft_folder, vocabulary)
-    return known_costs(served_rounds(config), facts)
+    return _costs_before(config, backend, prepared.target_folder, prepared.draft_folder, vocabulary)
 
 
-def calibration_facts(
-    backend: Backend, target_folder: Path, draft_folder: Path, vocabulary: CutVocabulary | None
-) -> dict[str, str]:
-    """All that the costs of rounds depend on, beside the rounds."""
-    capabilities = backend.capabilities()
-    return {
-        "machine": f"{platform.node()} {platform.machine()} {os.cpu_count()}",
-        "backend": f"{capabilities.backend} {capabilities.version}",
-        "draftloop": f"{version('draftloop')} {_code_digest()}",
-        "device": capabilities.device,
-        "target": heads_digest(target_folder),
-        "draft": heads_digest(draft_folder),
-        # Costs depend on how many rows the head has, not on which.
-        "draft_vocabulary": "full" if vocabulary is None else str(len(vocabulary.ids)),
-    }
+def _target_here(config: Config) -> Path | None:
+    """The target's folder where it needs no download; learning does without the target."""
+    try:
+        return locate(config.models.target.name)
+    except DraftloopError as error:
+        logger.debug("what rounds cost is not known without the target: %s", error)
+        return None
+
+
+def _costs_before(
+    config: Config,
+    backend: Backend,
+    target_folder: Path | None,
+    draft_folder: Path,
+    vocabulary: CutVocabulary | None,
+) -> RoundCosts | None:
+    """What a schedule would choose by, as measured before; a constant K is not chosen."""
+    if config.speculative.schedule == "fixed" or target_folder is None:
+        return None
+    facts = calibration_facts(backend, target_folder, draft_folder, vocabulary)
+    return nearest_costs(served_rounds(config), facts)
 
 
 def served_rounds(config: Config) -> ServedRounds:
@@ -354,13 +334,6 @@ def _suffixes(config: Config, store: Store | None) -> SuffixIndex | None:
             index.add_answer(answer.tolist())
         logger.debug("%d past answers read in %.2f s", len(answers), time.perf_counter() - started_s)
     return index
-
-
-def _code_digest() -> str:
-    """Of the backends' sources: other kernels have other costs."""
-    folder = Path(__file__).with_name("backends")
-    sources = sorted(path for path in folder.rglob("*") if path.suffix in {".py", ".c", ".h", ".cu"})
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 def _checked(role: str, folder: Path, max_kv_cache_tokens: int) -> tuple[Architecture, Tokenizer]:

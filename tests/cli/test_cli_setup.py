@@ -181,6 +181,11 @@ def test_doctor_tells_what_rounds_cost_once_an_answer_has_measured_it(draftloop,
     table = draftloop(*adaptive, "doctor").out
     for word in ("target reads 1", "draft, each token", "fastest at alpha 0.9"):
         assert word in table
+    # The gate goes by these too, where nobody answered greedily yet; and so it says how they were measured.
+    assert costs["sampling"] == "sampled"
+    greedy = [*adaptive, *settings(**{"speculative.temperature": 0}), "doctor"]
+    assert draftloop(*greedy, "--json").json["pair"]["costs"] == costs
+    assert "measured, sampled" in draftloop(*greedy).out
     fixed = draftloop(*toys_on_numpy, *settings(**{"speculative.schedule": "fixed"}), "doctor")
     assert "schedule is fixed" in fixed.out
 

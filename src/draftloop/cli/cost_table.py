@@ -31,6 +31,7 @@ def cost_figures(costs: RoundCosts, num_draft_tokens: int) -> dict[str, Any]:
     best = {alpha: best_choice(costs, [alpha] * num_draft_tokens) for alpha in ALPHAS}
     alone_s = costs.round_s(0)
     return {
+        "sampling": "greedy" if costs.sampling.greedy else "sampled",
         "target_ms": {str(width): 1000 * seconds for width, seconds in costs.verify_s},
         "draft_token_ms": 1000 * costs.draft_s,
         "draft_round_ms": 1000 * costs.draft_round_s,
@@ -48,7 +49,7 @@ def cost_figures(costs: RoundCosts, num_draft_tokens: int) -> dict[str, Any]:
 
 def cost_table(figures: Mapping[str, Any]) -> Table:
     """The figures of `cost_figures`."""
-    table = new_table("a round here", "measured")
+    table = new_table("a round here", f"measured, {figures['sampling']}")
     for width, milliseconds in figures["target_ms"].items():
         table.add_row(f"target reads {width}", f"{milliseconds:.1f} ms")
     table.add_row("draft, each token", f"{figures['draft_token_ms']:.1f} ms")
