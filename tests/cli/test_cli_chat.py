@@ -82,7 +82,7 @@ def test_clear_forgets_the_conversation_but_not_what_was_read(chat, megabytes):
     cached = [int(count) for count in re.findall(r"\((\d+) cached\)", result.err)]
     assert cached == ([first - 1] if megabytes else [])
     answer = chat("hello").out
-    assert result.out == answer + answer
+    assert result.out == f"{answer}\n{answer}"
 
 
 def test_system_sets_and_shows_and_forgets(chat):

@@ -85,12 +85,19 @@ def test_the_whole_circle(demo, draftloop, toy_pair, monkeypatch):
     assert "generation.max_tokens = 10" in " ".join(result.out.split())
     report = Path(re.search(r"The report, for a browser: (.*)", result.out)[1])
     assert report.parent == Path.cwd() / FOLDER / "reports"
-    assert "a0001" in report.read_text(encoding="utf-8")
+    page = report.read_text(encoding="utf-8")
+    assert "a0001" in page
+    assert f"{HELD_OUT} requests that the draft has never seen" in page
+    for way in demo_show.WAYS:
+        assert f'<th scope="row">{way}</th><td class="n" data-label="tok/s">{rows[way][0]}</td>' in page
+    assert "K is fixed here" in result.out
     assert len(re.findall(r"^\(\d+ s\)$", result.out, re.MULTILINE)) == 4
 
     command = re.search(r"^  \S+ (.*) stats$", result.out, re.MULTILINE)[1]
     left = draftloop(*shlex.split(command), "stats", "--json").json
     assert (left["exists"], left["directory"]) == (True, str(Path.cwd() / FOLDER))
+    # Counted as the demo counts them, not as the settings' defaults would.
+    assert (left["acceptance_threshold"], left["min_failure_cases"]) == (0.9, 8)
 
 
 def test_the_last_demo_is_forgotten_and_nothing_else(demo, draftloop, monkeypatch):
@@ -203,8 +210,8 @@ def test_the_training_tells_a_line_for_each_validation(capsys):
     assert captured.out == ""
     assert captured.err.splitlines() == [
         "training: 20 steps, from step 5 on",
-        "step 4 of 20: held-out alpha 0.700",
-        "step 7 of 20: loss 0.400 · held-out alpha 0.750 (0.700 at the start) · 1 steps skipped",
+        "step 4 of 20: validation alpha 0.700",
+        "step 7 of 20: loss 0.400 · validation alpha 0.750 (0.700 at the start) · 1 steps skipped",
         "note: two requests were left out",
         "choosing a form on 16 requests, judging on 6 held-out ones",
     ]

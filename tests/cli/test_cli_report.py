@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +68,28 @@ def test_output_names_the_file_and_a_second_report_replaces_it(
     result = draftloop(*options, "report", "--output", path)
     assert result.out == f"{path}\n"
     assert "<!doctype html>" in path.read_text(encoding="utf-8")
+
+
+def test_a_second_report_of_the_day_has_its_own_name(
+    draftloop: Callable[..., Result], tmp_path: Path
+) -> None:
+    write_store(tmp_path, sample_requests(20))
+    words = [*settings(**{"storage.directory": tmp_path}), "report"]
+    first, second, third = (Path(draftloop(*words).out.strip()) for _ in range(3))
+    names = [one.name.removeprefix(first.stem) for one in (second, third)]
+    assert names == ["-2.html", "-3.html"]
+    assert first.exists()
+
+
+def test_another_pair_is_told_which_pairs_there_are(draftloop: Callable[..., Result], tmp_path: Path) -> None:
+    write_store(tmp_path, sample_requests(20))
+    result = draftloop(*settings(**{"storage.directory": tmp_path, "models.draft.name": "./x"}), "report")
+    assert result.exit_status == 0
+    assert "No request of this pair is stored." in Path(result.out.strip()).read_text(encoding="utf-8")
+    words = shlex.split(result.err.splitlines()[1].partition(": draftloop ")[2])
+    shown = draftloop(*words)
+    assert shown.err == ""
+    assert "The bare draft serves." in Path(shown.out.strip()).read_text(encoding="utf-8")
 
 
 def test_tokens_have_their_text_where_the_models_are_here(

@@ -12,7 +12,9 @@ from cli_runner import settings
 
 import models_samples
 import toys
+from draftloop.backends.registry import open_backend
 from draftloop.config import Config, flatten
+from draftloop.errors import BackendUnavailable
 from draftloop.models import memory
 
 
@@ -188,6 +190,20 @@ def test_doctor_tells_what_rounds_cost_once_an_answer_has_measured_it(draftloop,
     assert "measured, sampled" in draftloop(*greedy).out
     fixed = draftloop(*toys_on_numpy, *settings(**{"speculative.schedule": "fixed"}), "doctor")
     assert "schedule is fixed" in fixed.out
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "usual"), [("Linux", "x86_64", "torch"), ("Darwin", "arm64", "mlx")]
+)
+def test_make_setup_is_advised_for_what_it_installs_here(monkeypatch, system, machine, usual):
+    monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("torch", "mlx"):
+        with pytest.raises(BackendUnavailable) as caught:
+            open_backend(name)
+        assert ("make setup" in caught.value.remedy) == (name == usual)
+        assert f"draftloop[{name}]" in caught.value.remedy
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +15,6 @@ from reporting.sample import PAIR, sample_requests, write_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from cli_runner import Result
 
@@ -51,7 +53,10 @@ def test_words_tell_the_same(draftloop: Callable[..., Result], directory: Path) 
     result = draftloop(*options(directory), "stats")
     assert (result.exit_status, result.err) == (0, "")
     lines = [line.split() for line in result.out.splitlines()]
-    assert ["held", "out", str(found["held_out"])] in lines
+    assert ["held", "out", str(found["held_out"]), f"({found['validation']}", "validate,"] in [
+        line[:5] for line in lines
+    ]
+    assert not any(line.endswith(" ") for line in result.out.splitlines())
     assert any(line[:2] == ["failures", str(found["failures"])] for line in lines)
     for word in (
         "ship's log",
@@ -106,6 +111,35 @@ def test_an_empty_store_has_no_figures(draftloop: Callable[..., Result], tmp_pat
 def test_another_pairs_requests_are_named(draftloop: Callable[..., Result], directory: Path) -> None:
     result = draftloop(*options(directory, **{"models.draft.name": "package:other"}), "stats")
     assert f"{PAIR.target} with {PAIR.draft}: 60 requests" in result.out
+    told, command = result.err.splitlines()
+    assert "nothing is stored of this pair" in told
+    assert command.startswith("  60 requests: draftloop ")
+    words = shlex.split(command.partition(": draftloop ")[2])
+    assert draftloop(*words, "--json").json["requests"] == 60
+
+
+def test_suffix_matches_are_told_where_there_were_any(
+    draftloop: Callable[..., Result], directory: Path, tmp_path: Path
+) -> None:
+    matched = {
+        "suffix_rounds": 4,
+        "suffix_tokens": 30,
+        "suffix_drafted_tokens": 40,
+        "suffix_accepted_tokens": 26,
+        "suffix_s": 0.5,
+    }
+    # The first 12 asked the target alone; where matches proposed, that is no matter.
+    write_store(tmp_path, [replace(one, **matched) for one in sample_requests(20)])
+    found = draftloop(*options(tmp_path), "stats", "--json").json
+    suffix = found["suffix"]
+    assert (suffix["rounds"], suffix["tokens"]) == (80, 600)
+    assert (suffix["acceptance_rate"], suffix["tau"], suffix["tokens_per_s"]) == (0.65, 7.5, 60.0)
+    assert suffix["share"] == pytest.approx(600 / found["tokens"], abs=1e-4)
+    told = "520 of 800 proposed tokens kept, 7.50 tokens a round, 60.0 a second in them"
+    assert told in draftloop(*options(tmp_path), "stats").out
+    page = Path(draftloop(*options(tmp_path), "report").out.strip()).read_text(encoding="utf-8")
+    assert told in page
+    assert "of all tokens from matches" not in draftloop(*options(directory), "stats").out
 
 
 def test_it_reads_while_another_process_writes(draftloop: Callable[..., Result], tmp_path: Path) -> None:

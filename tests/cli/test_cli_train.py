@@ -60,7 +60,7 @@ def test_the_verdict_for_people(train):
     assert pupils.DOMAIN in result.out
     assert "alpha" in result.out
     assert "deployed " in result.out
-    assert "held-out alpha" in result.err
+    assert "validation alpha" in result.err
     assert "judging on" in result.err
 
 

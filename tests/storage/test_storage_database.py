@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 V1 = Path(__file__).with_name("v1.sql")
 NOBODY = 65534
+LATER = [*MIGRATIONS, ["CREATE TABLE later (x)"]]
 
 
 def make_v1(folder: Path) -> Path:
@@ -124,16 +125,27 @@ class TestVersions:
     @pytest.mark.parametrize("read_only", [False, True])
     def test_a_newer_one_is_left_alone(self, tmp_path: Path, read_only: bool) -> None:
         path = stored(tmp_path)
-        open_database(path, migrations=[*MIGRATIONS, ["CREATE TABLE later (x)"]]).close()
+        open_database(path, migrations=LATER).close()
         told = refuse(tmp_path, read_only=read_only)
         assert "made by a newer version of draftloop" in told
         assert "--no-collect" in told
 
-    def test_reading_alone_migrates_nothing(self, tmp_path: Path) -> None:
+    def test_an_older_one_is_brought_up_to_date_to_be_read(self, tmp_path: Path) -> None:
         path = stored(tmp_path)
-        told = f"has version {len(MIGRATIONS)} and this program reads version {len(MIGRATIONS) + 1}"
-        with pytest.raises(StorageError, match=told):
-            open_for_reading(path, migrations=[*MIGRATIONS, ["CREATE TABLE later (x)"]])
+        with closing(open_for_reading(path, migrations=LATER)) as database:
+            with database.read() as connection:
+                assert connection.execute("SELECT count(*) FROM later").fetchone() == (0,)
+                assert connection.execute("SELECT count(*) FROM requests").fetchone() == (3,)
+            with pytest.raises(StorageError, match="cannot be written"), database.write() as connection:
+                connection.execute("INSERT INTO later VALUES (1)")
+
+    def test_an_older_one_that_cannot_be_written_says_what_to_do(self, open_folder: Path) -> None:
+        path = stored(open_folder)
+        forbid(open_folder)
+        with unprivileged(), pytest.raises(StorageError) as caught:
+            open_for_reading(path, migrations=LATER)
+        assert f"has version {len(MIGRATIONS)}, this program reads version {len(LATER)}" in caught.value.what
+        assert "Copy its folder" in caught.value.remedy
 
     @pytest.mark.parametrize("statement", ["CREATE TABLE notes (x)", "PRAGMA user_version = 1"])
     def test_another_programs_database_is_left_alone(self, tmp_path: Path, statement: str) -> None:

@@ -59,7 +59,7 @@ def open_backend(name: str = "auto", device: str = "auto") -> Backend:
     if not is_installed(chosen):
         raise BackendUnavailable(
             f"backend {chosen!r} is not installed",
-            remedy=f"Run `make setup`, or `pip install 'draftloop[{chosen}]'`.",
+            remedy=_how_to_install(chosen),
         )
     if chosen == "torch":
         let_waiting_threads_sleep()
@@ -73,3 +73,12 @@ def open_backend(name: str = "auto", device: str = "auto") -> Backend:
     from draftloop.backends.numpy.backend import NumpyBackend
 
     return NumpyBackend(device)
+
+
+def _how_to_install(name: str) -> str:
+    """`make setup` installs the one that `auto` chooses on this machine, and no other."""
+    by_pip = f"`pip install 'draftloop[{name}]'`"
+    usual = choose_backend()
+    if name == usual:
+        return f"Run `make setup`, or {by_pip}."
+    return f"{by_pip} installs it; here backend: auto chooses {usual}."

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from draftloop.cli.console import new_table, out_console, write, write_json
+from draftloop.cli.console import new_table, print_table, write, write_json
 from draftloop.cli.figures import rounded, shown
 from draftloop.cli.options import AsJson, load_settings
 from draftloop.cli.progress import Bars, format_bytes, waiting
@@ -69,7 +69,7 @@ def list_(context: typer.Context, *, as_json: AsJson = False) -> None:
             _local_time(record.created_s),
             format_bytes(_size_bytes(_folder(config, record))),
         )
-    out_console().print(table)
+    print_table(table)
     write(f"active: {active or 'none, the draft is bare'}\n")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from draftloop.cli.console import new_table, out_console, write
+from draftloop.cli.console import new_table, print_table, write
 from draftloop.cli.examine import machine_facts, version_facts
 from draftloop.cli.figures import rounded, setup_figures, shown
 
@@ -83,11 +83,10 @@ def show(told: Told) -> None:
     for name, figures in told.whole.modes.items():
         cells = (shown(figures.tokens_per_s, 2), shown(figures.tau, 2), shown(figures.alpha, 3))
         modes.add_row(name, *cells, told.descriptions[name])
-    console = out_console()
-    console.print(modes)
+    print_table(modes)
     write("\n")
     if told.whole.ratios:
-        console.print(_ratio_table(told))
+        print_table(_ratio_table(told))
         write("\n")
     machine = machine_facts()
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""

@@ -26,7 +26,7 @@ from draftloop.cli.asking import (
     read_options,
 )
 from draftloop.cli.chat_learning import PROMPT, ChatNews, open_news
-from draftloop.cli.console import say, say_error, say_failure
+from draftloop.cli.console import say, say_error, say_failure, write
 from draftloop.cli.figures import completion_line, speed_line, total
 from draftloop.cli.interrupts import interrupt_as_flag
 from draftloop.cli.prompts import read_turns
@@ -189,6 +189,9 @@ class ChatLoop:
         self._follow_adapter()
 
         def show(piece: str, kind: TokenKind) -> None:
+            if not (said or self._interactive) and self._completions:
+                # An empty line between two, as `generate --prompts` has it.
+                write("\n")
             said.append(piece)
             self._writer.text(piece, kind)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from draftloop.cli.console import new_table, out_console, say_error, write, write_json
+from draftloop.cli.console import new_table, print_table, say_error, write, write_json
 from draftloop.cli.memory_table import memory_figures, memory_table
 from draftloop.cli.options import AsJson, load_settings
 from draftloop.cli.progress import waiting
@@ -60,7 +60,7 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
     table = new_table("setting", "value", "from")
     for key, value in values.items():
         table.add_row(key, json.dumps(value, ensure_ascii=False), str(loaded.origins[key]))
-    out_console().print(table)
+    print_table(table)
 
 
 class _Failures:
@@ -118,7 +118,7 @@ def _check_pair(config: Config, failures: _Failures) -> None:
     plan, capabilities = prepared[0].plan, prepared[0].backend.capabilities()
     write("ok       tokenizers agree\n")
     write(f"ok       backend: {capabilities.backend} {capabilities.version} on {capabilities.device}\n\n")
-    out_console().print(memory_table(memory_figures(plan)))
+    print_table(memory_table(memory_figures(plan)))
     write("\n")
     if failures.attempt(plan.check_generation):
         write("ok       memory for generating\n")

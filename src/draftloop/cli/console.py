@@ -90,6 +90,17 @@ def new_table(*columns: str) -> Table:
     return table
 
 
+def print_table(table: Table) -> None:
+    """Write a table to stdout; where no terminal shows it, without the blanks that fill up its lines."""
+    console = out_console()
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+
+
 def configure_logging(level: str) -> None:
     """Show the program's own log from `level` on, on stderr; `DEBUG` includes tracebacks."""
     handler = logging.StreamHandler(sys.stderr)

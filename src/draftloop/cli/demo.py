@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from draftloop.learning.circle import Outcome
     from draftloop.learning.deployment import Deployed
     from draftloop.loading import Prepared
+    from draftloop.reporting.page import Comparison
     from draftloop.storage.store import Store
 
 TARGET = "package:qwen2.5-coder-1.5b-instruct"
@@ -112,9 +113,9 @@ def demo(
     with open_storage(config) as store:
         engine = load_models(config, prepared, store, adapter=NO_ADAPTER)
         demo_show.say_setup(config, engine.backend.capabilities().device, DEMO_SETTINGS)
-        _Circle(engine, store, asked, prepared).go(requests)
+        comparison = _Circle(engine, store, asked, prepared).go(requests)
     names = demo_show.names_for(options.global_arguments(context), loaded.config, config)
-    demo_show.say_next(write_report(config), names)
+    demo_show.say_next(write_report(config, comparison), names)
 
 
 def _default_choice(context: typer.Context, loaded: LoadedConfig) -> PairChoice:
@@ -180,8 +181,8 @@ class _Circle:
         # What the prompts begin with alike is read once.
         self._conversation = engine.open_conversation()
 
-    def go(self, num_requests: int) -> None:
-        """All of them."""
+    def go(self, num_requests: int) -> Comparison | None:
+        """All of them; None where nothing was trained that could be compared."""
         every = traffic.quartermaster_prompts(250)
         held_out = [self._request(text, stored=False) for text in every[-HELD_OUT:]]
         with _step(1, "One request, answered by the target alone and by the pair"):
@@ -195,7 +196,8 @@ class _Circle:
         demo_show.say_verdict(outcome)
         if outcome.adapter is not None:
             with _step(4, f"{HELD_OUT} requests that it has never seen: {demo_show.rivals(outcome)}"):
-                self._compare(held_out, outcome.adapter)
+                return self._compare(held_out, outcome.adapter)
+        return None
 
     def _request(self, text: str, *, stored: bool) -> Request:
         from dataclasses import replace
@@ -244,7 +246,7 @@ class _Circle:
         with TrainingBars() as bars:
             return learn(open_school(config, draft, self._store), bars, lambda: False)
 
-    def _compare(self, requests: Sequence[Request], adapter: str) -> None:
+    def _compare(self, requests: Sequence[Request], adapter: str) -> Comparison:
         """Each prompt in all three ways, in turn, so that the machine's mood hits all alike."""
         from dataclasses import replace
 
@@ -259,7 +261,9 @@ class _Circle:
                 answers[demo_show.BEFORE].append(self._answer(request, None))
                 answers[demo_show.AFTER].append(self._answer(request, trained))
                 counter.advance()
-        demo_show.say_comparison(answers)
+        comparison = demo_show.comparison_of(answers)
+        demo_show.say_comparison(comparison)
+        return comparison
 
     def _answer(self, request: Request, deployed: Deployed | None) -> Completion:
         self._engine.wear(deployed)

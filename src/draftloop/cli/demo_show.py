@@ -11,7 +11,7 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING
 
-from draftloop.cli.console import new_table, out_console, write
+from draftloop.cli.console import new_table, print_table, write
 from draftloop.cli.figures import shown, total
 
 if TYPE_CHECKING:
@@ -21,9 +21,17 @@ if TYPE_CHECKING:
     from draftloop.config import Config
     from draftloop.engine import Completion
     from draftloop.learning.circle import Outcome
+    from draftloop.reporting.page import Comparison
 
 ALONE, BEFORE, AFTER = "target alone", "draft before", "draft after"
 WAYS = (ALONE, BEFORE, AFTER)
+COLUMNS = ("tok/s", "alpha", "tau", "acceptance_rate", "text as the target's")
+COUNTED = (
+    "speculative.acceptance_threshold",
+    "training.min_failure_cases",
+    "training.max_sequence_length",
+)
+"""Settings by which stored requests are sorted into failures and the rest."""
 NOISE = 0.02
 """Speeds that differ by less are called equal: two runs of one and the same draft differ by as much."""
 
@@ -51,6 +59,8 @@ def say_setup(config: Config, device: str, settings: Sequence[str]) -> None:
     for label, value in rows.items():
         lines = textwrap.wrap(value, 100, break_long_words=False, break_on_hyphens=False)
         write(f"{label:<7}" + f"\n{'':<7}".join(lines) + "\n")
+    if config.speculative.schedule == "fixed":
+        write("K is fixed here so that tau can be compared; in use it adapts to what is fastest, 0 too.\n")
 
 
 def say_verdict(outcome: Outcome) -> None:
@@ -76,32 +86,49 @@ def rivals(outcome: Outcome) -> str:
     return "the draft as it stays, and what the refused adapter would have done"
 
 
-def say_comparison(answers: Mapping[str, Sequence[Completion]]) -> None:
-    """A table of the three ways, and what it means."""
-    table = new_table("", "tok/s >", "alpha >", "tau >", "acceptance_rate >", "text as the target's >")
-    texts = [done.token_ids for done in answers[ALONE]]
+def comparison_of(answers: Mapping[str, Sequence[Completion]]) -> Comparison:
+    """The three ways, and what their figures mean."""
+    from draftloop.reporting.page import Comparison
+
+    texts, rows = [done.token_ids for done in answers[ALONE]], []
     for way in WAYS:
         tally, speed = total(answers[way])
         same = sum(done.token_ids == text for done, text in zip(answers[way], texts, strict=True))
         cells = (shown(tally.alpha, 3), shown(tally.tau, 2), shown(tally.acceptance_rate, 3))
-        table.add_row(way, shown(speed, 1), *cells, f"{same} of {len(texts)}")
-    out_console().print(table)
-    write("\n")
+        rows.append((way, (shown(speed, 1), *cells, f"{same} of {len(texts)}")))
     speeds = {way: total(answers[way])[1] for way in WAYS}
-    write(f"The trained draft against the untrained one: {_compared(speeds[AFTER], speeds[BEFORE])}.\n")
-    write(f"The pair with it against the target alone: {_compared(speeds[AFTER], speeds[ALONE])}.\n")
-    write("(Greedy; reading the prompts is not counted.)\n")
+    conclusions = (
+        f"The trained draft against the untrained one: {_compared(speeds[AFTER], speeds[BEFORE])}.",
+        f"The pair with it against the target alone: {_compared(speeds[AFTER], speeds[ALONE])}.",
+        "(Greedy; reading the prompts is not counted.)",
+    )
+    title = f"{len(texts)} requests that the draft has never seen, answered three ways"
+    return Comparison(title, COLUMNS, rows, conclusions)
+
+
+def say_comparison(comparison: Comparison) -> None:
+    """The same on the screen."""
+    table = new_table("", *(f"{name} >" for name in comparison.columns))
+    for way, figures in comparison.rows:
+        table.add_row(way, *figures)
+    print_table(table)
+    write("\n")
+    for sentence in comparison.conclusions:
+        write(f"{sentence}\n")
 
 
 def names_for(arguments: Sequence[str], given: Config, used: Config) -> str:
-    """The options that let other commands see what the demo left.
+    """The options that let other commands see what the demo left, as the demo counted it.
 
     Args:
         arguments: the global options of this command.
         given: the settings as they say.
         used: the demo's.
     """
-    names = {"storage.directory": used.storage.directory}
+    from draftloop.config.schema import flatten
+
+    values = flatten(used)
+    names = {"storage.directory": used.storage.directory, **{key: _plain(values[key]) for key in COUNTED}}
     if given.models != used.models:
         names["models.target.name"] = used.models.target.name
         names["models.draft.name"] = used.models.draft.name

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from draftloop.cli.console import new_table, out_console, say_error, write, write_json
+from draftloop.cli.console import new_table, print_table, say_error, write, write_json
 from draftloop.cli.cost_table import cost_table
 from draftloop.cli.memory_table import memory_table
 from draftloop.cli.options import AsJson, load_settings
@@ -62,14 +62,14 @@ def _show(facts: Facts) -> None:
     table = new_table("what", "found")
     for label, value in _rows(facts):
         table.add_row(label, value)
-    out_console().print(table)
+    print_table(table)
     write("\n")
     pair = facts["pair"]
     if pair is not None and pair["memory"] is not None:
-        out_console().print(memory_table(pair["memory"]))
+        print_table(memory_table(pair["memory"]))
         write("\n")
     if pair is not None and pair["costs"] is not None:
-        out_console().print(cost_table(pair["costs"]))
+        print_table(cost_table(pair["costs"]))
         write("\n")
     for problem in facts["problems"]:
         say_error(problem)

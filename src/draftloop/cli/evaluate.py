@@ -20,7 +20,7 @@ from draftloop.cli.asking import (
     request_for,
     with_fixed_adapter,
 )
-from draftloop.cli.console import new_table, out_console, say, write_json
+from draftloop.cli.console import new_table, print_table, say, write_json
 from draftloop.cli.figures import setup_figures, shown, summary_figures, total
 from draftloop.cli.progress import counting
 from draftloop.cli.prompts import by_task, read_prompts
@@ -93,7 +93,7 @@ def _show(tasks: Mapping[str, Sequence[Completion]], completions: Sequence[Compl
     if len(tasks) > 1:
         table.add_section()
         table.add_row("all", *_cells(completions))
-    out_console().print(table)
+    print_table(table)
 
 
 def _cells(completions: Sequence[Completion]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from draftloop.cli.console import new_table, out_console, write
+from draftloop.cli.console import new_table, print_table, write
 from draftloop.cli.options import load_settings
 from draftloop.cli.progress import Bars, format_bytes, waiting
 
@@ -79,7 +79,7 @@ def list_(context: typer.Context) -> None:
         if package.name not in here:
             size = format_bytes(package.total_bytes)
             table.add_row(package.name, Kind.PACKAGE.value, size, "", "not here: draftloop models pull")
-    out_console().print(table)
+    print_table(table)
 
 
 def describe(architecture: Architecture) -> str:

@@ -6,6 +6,7 @@ fetches nothing. Must not know what is in the page.
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,12 +15,17 @@ import typer
 
 from draftloop.cli.console import write
 from draftloop.cli.options import load_settings
+from draftloop.cli.pairs import say_other_pairs
 from draftloop.cli.progress import format_bytes, waiting
 from draftloop.errors import DraftloopError, InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from draftloop.config import Config
     from draftloop.models.tokenizer import Tokenizer
+    from draftloop.reporting.page import Comparison
+    from draftloop.storage.records import PairKey
 
 REPORTS_FOLDER = "reports"
 VERSIONED = ("numpy", "torch", "mlx")
@@ -27,7 +33,7 @@ VERSIONED = ("numpy", "torch", "mlx")
 Output = Annotated[
     Path | None,
     typer.Option(
-        "--output", metavar="FILE", help="Default: reports/report-DATE.html below storage.directory."
+        "--output", metavar="FILE", help="Default: a new reports/report-DATE.html below storage.directory."
     ),
 ]
 
@@ -35,29 +41,42 @@ Output = Annotated[
 def report(context: typer.Context, output: Output = None) -> None:
     """Write an HTML page about the draft: alpha and tau over requests, training, adapters, hard tokens."""
     config = load_settings(context).config
-    write(f"{write_report(config, None if output is None else _checked(output))}\n")
+    path, others = _written(config, None if output is None else _checked(output), None)
+    write(f"{path}\n")
+    say_other_pairs(others, context, "report")
 
 
-def write_report(config: Config, path: Path | None = None) -> Path:
-    """Write the page of what is stored; returns where it lies.
+def write_report(config: Config, comparison: Comparison | None) -> Path:
+    """Write the page of what is stored, with what was compared just now; returns where it lies.
 
     Raises:
         InputError: nothing is stored yet.
         StorageError: the store cannot be read, or the page cannot be written.
     """
+    return _written(config, None, comparison)[0]
+
+
+def _written(
+    config: Config, path: Path | None, comparison: Comparison | None
+) -> tuple[Path, Mapping[PairKey, int]]:
+    """Where the page lies; and, where it has no request to tell of, the pairs that have some."""
     path = path or _default_path(config)
     with waiting("making the report"):
-        page = _page(config)
+        page, others = _page(config, comparison)
     from draftloop.models.cache import make_folder, new_file
 
     make_folder(path.parent)
     with new_file(path) as partial:
         partial.write_text(page, encoding="utf-8")
-    return path
+    return path, others
 
 
 def _default_path(config: Config) -> Path:
-    return Path(config.storage.directory) / REPORTS_FOLDER / f"report-{time.strftime('%Y-%m-%d')}.html"
+    """The first free name of today: an older page is not written over."""
+    folder = Path(config.storage.directory) / REPORTS_FOLDER
+    today = f"report-{time.strftime('%Y-%m-%d')}"
+    names = (f"{today}{'' if number == 1 else f'-{number}'}.html" for number in itertools.count(1))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def _checked(path: Path) -> Path:
@@ -73,7 +92,7 @@ def _checked(path: Path) -> Path:
     return path
 
 
-def _page(config: Config) -> str:
+def _page(config: Config, comparison: Comparison | None) -> tuple[str, Mapping[PairKey, int]]:
     from draftloop.learning.selection import select
     from draftloop.loading import pair_of
     from draftloop.reporting.overview import training_state
@@ -98,9 +117,11 @@ def _page(config: Config) -> str:
         made_s=time.time(),
         facts=[*_machine_rows(), ("Store", f"{directory}, {size}")],
         waiting=training_state(selection, setting, len(stored.drafted)),
+        comparison=comparison,
     )
     names = TokenNames(_tokenizer(config) if stored.mistakes.rows else None)
-    return render_report(stored, names, surroundings)
+    page = render_report(stored, names, surroundings)
+    return page, {} if stored.requests else stored.other_pairs
 
 
 def _tokenizer(config: Config) -> Tokenizer | None:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import typer  # noqa: TC002  # typer reads annotations when it runs
 
-from draftloop.cli.console import new_table, out_console, write, write_json
+from draftloop.cli.console import new_table, print_table, write, write_json
 from draftloop.cli.figures import shown
 from draftloop.cli.options import AsJson, load_settings
+from draftloop.cli.pairs import say_other_pairs
 from draftloop.cli.progress import format_bytes, waiting
 
 if TYPE_CHECKING:
@@ -45,24 +46,25 @@ def stats(context: typer.Context, as_json: AsJson = False) -> None:
         write(f"Nothing is stored in {directory} yet. draftloop generate, chat and collect store requests.\n")
     else:
         _show(found, directory)
+    if found is not None and not found.figures.requests:
+        say_other_pairs(found.other_pairs, context, "stats")
 
 
 def _show(found: Stats, directory: Path) -> None:
-    console = out_console()
     table = new_table("what", "found")
     for label, value in _rows(found, directory):
         table.add_row(label, value)
-    console.print(table)
+    print_table(table)
     if found.blocks:
         write("\n")
-        console.print(_time_table(found))
+        print_table(_time_table(found))
     if found.domains:
         write("\n")
-        console.print(_domain_table(found))
+        print_table(_domain_table(found))
 
 
 def _rows(found: Stats, directory: Path) -> list[tuple[str, str]]:
-    from draftloop.reporting.wording import count
+    from draftloop.reporting.wording import count, percent, suffix_line
     from draftloop.storage.records import AdapterStatus
 
     size = f"{format_bytes(found.stored_bytes)} of storage.max_megabytes = {found.max_megabytes:,}"
@@ -73,7 +75,7 @@ def _rows(found: Stats, directory: Path) -> list[tuple[str, str]]:
         ("requests", f"{found.figures.requests:,}, {count(found.figures.tokens, 'token')} answered"),
         ("  failures", f"{found.failures:,} not trained on (acceptance_rate below {found.threshold:.2f})"),
         ("  replay", f"{found.replay:,}"),
-        ("  held out", f"{found.held_out:,}"),
+        ("  held out", f"{found.held_out:,} ({found.validation:,} validate, the gate has the others)"),
     ]
     made = [f"{found.adapters[status]} {status.value}" for status in AdapterStatus if found.adapters[status]]
     all_made = f" ({', '.join(made)})" if made else ""
@@ -81,6 +83,9 @@ def _rows(found: Stats, directory: Path) -> list[tuple[str, str]]:
     rows.append(("now", _line(found.now)))
     if found.adapter is not None:
         rows.append(("bare draft", _line(found.bare)))
+    suffix = found.figures.suffix
+    if suffix.rounds:
+        rows.append(("suffix", f"{percent(suffix.share)} of all tokens from matches: {suffix_line(suffix)}"))
     rows.append(("training", found.waiting))
     if found.last_run is not None:
         reason = found.last_run.result.get("reason")

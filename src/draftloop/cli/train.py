@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from draftloop.cli import options
-from draftloop.cli.console import new_table, out_console, say, write, write_json
+from draftloop.cli.console import new_table, print_table, say, write, write_json
 from draftloop.cli.figures import rounded, shown
 from draftloop.cli.interrupts import interrupt_as_flag
 from draftloop.cli.progress import Bars, waiting
@@ -126,7 +126,7 @@ def _show(outcome: Outcome) -> None:
                     for name in ("alpha", "tau")
                 ),
             )
-        out_console().print(table)
+        print_table(table)
     skipped = f", {outcome.skipped_steps} of them skipped" if outcome.skipped_steps else ""
     parts = [
         f"run {outcome.run}",

@@ -1,4 +1,4 @@
-"""A training run as it goes on, on stderr: a bar with loss, held-out alpha and time left.
+"""A training run as it goes on, on stderr: a bar with loss, validation alpha and time left.
 
 Contract: implements `learning.circle.Watcher`; without a terminal it writes one line for each validation.
 Used as a context manager, so that the bar is gone when the verdict is printed. Must not know how training
@@ -89,13 +89,13 @@ class TrainingBars:
             self._display.advance(self._task, share)
 
     def _figures(self) -> str:
-        """`loss 0.412 · held-out alpha 0.812 (0.785 at the start)`."""
+        """`loss 0.412 · validation alpha 0.812 (0.785 at the start)`."""
         parts = []
         if self._losses:
             parts.append(f"loss {shown(statistics.fmean(self._losses), 3)}")
         if self._alphas:
             first = f" ({self._alphas[0]:.3f} at the start)" if len(self._alphas) > 1 else ""
-            parts.append(f"held-out alpha {self._alphas[-1]:.3f}{first}")
+            parts.append(f"validation alpha {self._alphas[-1]:.3f}{first}")
         if self._skipped:
             parts.append(f"{self._skipped} steps skipped")
         return " · ".join(parts)

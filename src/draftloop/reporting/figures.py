@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING
 
-from draftloop.speculation.metrics import Tally, mean_alpha, tokens_per_round, tokens_per_second
+from draftloop.speculation.metrics import (
+    Tally,
+    acceptance_rate,
+    mean_alpha,
+    tokens_per_round,
+    tokens_per_second,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,6 +34,41 @@ FIRST_WINDOW_REQUESTS = 5
 
 
 @dataclass(frozen=True, slots=True)
+class SuffixFigures:
+    """What suffix matches brought to some requests.
+
+    Attributes:
+        rounds: in which a match proposed.
+        tokens: emitted in them.
+        drafted_tokens, accepted_tokens: proposed by the matches, and kept of that.
+        seconds: that those rounds took.
+        share: `tokens` of all that was answered; None where nothing was.
+    """
+
+    rounds: int
+    tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
+    seconds: float
+    share: float | None
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted / drafted."""
+        return acceptance_rate(self.accepted_tokens, self.drafted_tokens)
+
+    @property
+    def tau(self) -> float | None:
+        """Tokens a round with a match."""
+        return tokens_per_round(self.tokens, self.rounds)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """While matches proposed."""
+        return tokens_per_second(self.tokens, self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """What some requests amount to.
 
@@ -37,6 +78,7 @@ class Figures:
         tokens: answered.
         tally: sums over the drafted ones, from which the metrics are derived.
         decode_s: seconds that the drafted ones' rounds took.
+        suffix: of suffix matches, in all requests.
     """
 
     requests: int
@@ -44,6 +86,7 @@ class Figures:
     tokens: int
     tally: Tally
     decode_s: float
+    suffix: SuffixFigures
 
     @property
     def alpha(self) -> float | None:
@@ -126,7 +169,26 @@ def figures_of(summaries: Sequence[RequestSummary]) -> Figures:
         suffix_tokens=sum(one.suffix_tokens for one in drafted),
     )
     tokens = sum(one.num_answer_tokens for one in summaries)
-    return Figures(len(summaries), len(drafted), tokens, tally, sum(one.decode_s for one in drafted))
+    return Figures(
+        requests=len(summaries),
+        drafted_requests=len(drafted),
+        tokens=tokens,
+        tally=tally,
+        decode_s=sum(one.decode_s for one in drafted),
+        suffix=_suffixes_of(summaries, tokens),
+    )
+
+
+def _suffixes_of(summaries: Sequence[RequestSummary], answered_tokens: int) -> SuffixFigures:
+    tokens = sum(one.suffix_tokens for one in summaries)
+    return SuffixFigures(
+        rounds=sum(one.suffix_rounds for one in summaries),
+        tokens=tokens,
+        drafted_tokens=sum(one.suffix_drafted_tokens for one in summaries),
+        accepted_tokens=sum(one.suffix_accepted_tokens for one in summaries),
+        seconds=sum(one.suffix_s for one in summaries),
+        share=tokens / answered_tokens if answered_tokens else None,
+    )
 
 
 def alpha_of(summary: RequestSummary) -> float | None:

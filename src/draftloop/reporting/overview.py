@@ -22,7 +22,7 @@ from draftloop.reporting.figures import (
 )
 from draftloop.reporting.paths import Point
 from draftloop.reporting.trainings import judged_tau
-from draftloop.reporting.wording import count, number, percent, signed_percent, when
+from draftloop.reporting.wording import count, number, percent, signed_percent, suffix_line, when
 from draftloop.storage.records import AdapterStatus
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ def tiles_of(stored: Stored, now: Now) -> list[Tile]:
     rejected = statuses.count(AdapterStatus.REJECTED)
     reverted = statuses.count(AdapterStatus.REVERTED)
     active = next((one for one in stored.adapters if one.name == stored.active), None)
+    suffix = everything.suffix
+    found = [Tile("From suffix matches", percent(suffix.share), suffix_line(suffix))] if suffix.rounds else []
     return [
         Tile("Requests", number(everything.requests), f"{number(everything.tokens)} tokens answered"),
         Tile("Alpha now", _alpha(now.current), _against(now.bare.alpha, 3, stored)),
@@ -130,6 +132,7 @@ def tiles_of(stored: Stored, now: Now) -> list[Tile]:
             number(_promoted(stored)),
             f"{number(rejected)} rejected, {number(reverted)} taken back",
         ),
+        *found,
     ]
 
 

@@ -38,6 +38,23 @@ SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """Ways to answer, compared on the same requests just before the report.
+
+    Attributes:
+        title: of the table.
+        columns: names of the figures.
+        rows: a way's name, and its figures as shown.
+        conclusions: sentences below it.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[str]]]
+    conclusions: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Surroundings:
     """What a report tells beside the store's content.
 
@@ -45,11 +62,13 @@ class Surroundings:
         made_s: Unix time of the report.
         facts: label and value of machine and versions.
         waiting: what training waits for, a sentence.
+        comparison: what was measured beside it; it is kept nowhere else.
     """
 
     made_s: float
     facts: Sequence[tuple[str, str]]
     waiting: str
+    comparison: Comparison | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +97,7 @@ def _values(stored: Stored, names: TokenNames, surroundings: Surroundings) -> di
         "headline": headline(stored, now),
         "tiles": tiles_of(stored, now),
         "waiting": surroundings.waiting,
+        "comparison": surroundings.comparison,
         "nothing": _nothing(stored),
         "charts": request_charts(stored),
         "has_marks": bool(stored.history),

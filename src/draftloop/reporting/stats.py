@@ -16,10 +16,10 @@ from draftloop.reporting.overview import NOW_REQUESTS, training_state
 from draftloop.storage.records import AdapterStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from draftloop.config import Config
-    from draftloop.reporting.figures import Domain, Figures
+    from draftloop.reporting.figures import Domain, Figures, SuffixFigures
     from draftloop.storage.records import PairKey, RunRecord
     from draftloop.storage.store import Store
 
@@ -46,6 +46,7 @@ class Stats:
         now: over the newest with drafts under the active adapter.
         bare: over those that the bare draft drafted for.
         failures, replay, held_out: requests, as training sorts them.
+        validation: those held out that choose a checkpoint; the others are the gate's.
         needed: failures that training waits for.
         threshold: acceptance rate that separates failures from replay.
         waiting: what training waits for, in words.
@@ -66,6 +67,7 @@ class Stats:
     failures: int
     replay: int
     held_out: int
+    validation: int
     needed: int
     threshold: float
     waiting: str
@@ -85,12 +87,14 @@ class Stats:
             "models": {"target": self.pair.target, "draft": self.pair.draft},
             **_counts(self.figures),
             **_metrics(self.figures),
+            "suffix": _suffix(self.figures.suffix),
             "now": {**_counts(self.now), **_metrics(self.now)},
             "bare_draft": {**_counts(self.bare), **_metrics(self.bare)},
             "failures": self.failures,
             "min_failure_cases": self.needed,
             "replay": self.replay,
             "held_out": self.held_out,
+            "validation": self.validation,
             "acceptance_threshold": self.threshold,
             "training": self.waiting,
             "stored_bytes": self.stored_bytes,
@@ -137,6 +141,7 @@ def read_stats(store: Store, pair: PairKey, config: Config) -> Stats:
         failures=len(selection.failures),
         replay=len(selection.replay),
         held_out=len(selection.validation) + len(selection.gate),
+        validation=len(selection.validation),
         needed=selection.needed,
         threshold=selection.threshold,
         waiting=training_state(selection, config.speculative.acceptance_threshold, len(drafted)),
@@ -162,10 +167,20 @@ def _counts(figures: Figures) -> dict[str, int]:
     }
 
 
-def _metrics(figures: Figures) -> dict[str, float | None]:
-    values = {
-        "alpha": figures.alpha,
-        "tau": figures.tau,
-        "acceptance_rate": figures.acceptance_rate,
+def _suffix(figures: SuffixFigures) -> dict[str, float | None]:
+    return {
+        "rounds": figures.rounds,
+        "tokens": figures.tokens,
+        "drafted_tokens": figures.drafted_tokens,
+        "accepted_tokens": figures.accepted_tokens,
+        **_rounded({"acceptance_rate": figures.acceptance_rate, "tau": figures.tau}),
+        **_rounded({"tokens_per_s": figures.tokens_per_s, "share": figures.share}),
     }
+
+
+def _metrics(figures: Figures) -> dict[str, float | None]:
+    return _rounded({"alpha": figures.alpha, "tau": figures.tau, "acceptance_rate": figures.acceptance_rate})
+
+
+def _rounded(values: Mapping[str, float | None]) -> dict[str, float | None]:
     return {name: None if value is None else round(value, 4) for name, value in values.items()}

@@ -6,6 +6,10 @@ Contract: rounds and never computes; what is undefined is a dash.
 from __future__ import annotations
 
 from datetime import datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from draftloop.reporting.figures import SuffixFigures
 
 DASH = "–"  # noqa: RUF001
 MINUS = "−"  # noqa: RUF001
@@ -34,6 +38,15 @@ def percent(share: float | None, digits: int = 0) -> str:
 def count(value: int, noun: str) -> str:
     """`1 request`, `1,234 requests`."""
     return f"{value:,} {noun}{'' if value == 1 else 's'}"
+
+
+def suffix_line(figures: SuffixFigures) -> str:
+    """What suffix matches brought; "" where there was none."""
+    if not figures.rounds:
+        return ""
+    kept = f"{figures.accepted_tokens:,} of {figures.drafted_tokens:,} proposed tokens kept"
+    speed = number(figures.tokens_per_s, 1)
+    return f"{kept}, {number(figures.tau, 2)} tokens a round, {speed} a second in them"
 
 
 def when(unix_s: float) -> str:

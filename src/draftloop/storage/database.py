@@ -145,8 +145,11 @@ def open_database(path: Path, *, migrations: Sequence[Migration] = MIGRATIONS) -
 def open_for_reading(path: Path, *, migrations: Sequence[Migration] = MIGRATIONS) -> Database:
     """Open `path`, which may lie on a read-only disk or be written by others meanwhile.
 
+    Only a file of an older version is written to: it is brought up to date first.
+
     Raises:
-        StorageError: it is absent, damaged, or was made by another program or another version.
+        StorageError: it is absent, damaged, was made by another program or a newer version, or by an older
+            one where nothing can be written.
     """
     with _system_errors(path), translated(path):
         if not path.is_file():
@@ -158,10 +161,9 @@ def open_for_reading(path: Path, *, migrations: Sequence[Migration] = MIGRATIONS
         try:
             version = _version(connection, path, len(migrations))
             if version < len(migrations):
-                raise StorageError(
-                    f"{path} has version {version} and this program reads version {len(migrations)}",
-                    remedy="Any command that stores answers there brings it up to date.",
-                )
+                connection.close()
+                _bring_up_to_date(path, version, migrations)
+                connection = _connect_for_reading(path)
         except BaseException:
             connection.close()
             raise
@@ -267,6 +269,17 @@ def _migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[Mi
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+
+
+def _bring_up_to_date(path: Path, version: int, migrations: Sequence[Migration]) -> None:
+    try:
+        open_database(path, migrations=migrations).close()
+    except StorageError as error:
+        raise StorageError(
+            f"{path} has version {version}, this program reads version {len(migrations)}, and it cannot be "
+            f"brought up to date where it lies ({error.what})",
+            remedy="Copy its folder to a place that can be written, and set storage.directory to the copy.",
+        ) from error
 
 
 def _version(connection: sqlite3.Connection, path: Path, newest: int) -> int:

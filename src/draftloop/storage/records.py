@@ -259,7 +259,7 @@ class RunPoint:
         loss: of this step; None at a validation point.
         learning_rate: of this step.
         gradient_norm: before cutting; None where it was not finite (the step was skipped).
-        validation_alpha: on held-out requests; None between validations.
+        validation_alpha: on the validating requests; None between validations.
     """
 
     step: int

@@ -86,7 +86,8 @@ def open_store(
         directory: `storage.directory`.
         max_megabytes: the bound on the stored requests, in millions of bytes.
         failure_threshold: requests with a lower acceptance rate are evicted last.
-        read_only: write nothing; the disk may be read-only.
+        read_only: write nothing, except that a database of an older version is brought up to date; the disk
+            may be read-only.
         clock: Unix time.
 
     Raises:
