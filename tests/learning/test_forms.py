@@ -56,7 +56,7 @@ class FakeDraft:
 
     def __init__(self, alphas: dict, forms=(UNFUSED, FUSED16, FUSED4)) -> None:
         self.adapter_forms = forms
-        self.worn = (None, UNFUSED)
+        self.worn, self.vocabulary = (None, UNFUSED), None
         self.proposed: list = []
         self.replayed: list = []
         self._alphas = alphas

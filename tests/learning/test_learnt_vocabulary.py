@@ -101,6 +101,18 @@ def test_a_version_lasts_until_answers_have_doubled(store):
     assert np.isin(np.arange(70_000, 70_100), choose(store, 300)).sum() > 50
 
 
+def test_a_version_of_a_long_store_lasts_until_nothing_that_taught_it_would_be_read(store, monkeypatch):
+    monkeypatch.setattr("draftloop.learning.vocabulary.WINDOW_TOKENS", 20 * 64)
+    tell(store, 80, np.arange(60_000, 60_100))
+    first = choose(store, 300)
+    tell(store, 19, np.arange(70_000, 70_100), first_seed=80)
+    assert choose(store, 300).tolist() == first.tolist()
+    tell(store, 1, np.arange(70_000, 70_100), first_seed=99)
+    again = choose(store, 300)
+    assert np.isin(np.arange(70_000, 70_100), again).all()
+    assert not np.isin(np.arange(60_000, 60_100), again).any()
+
+
 def test_a_version_lasts_though_its_answers_make_room_for_others(tmp_path):
     """At its size bound each answer evicts one, and what is stored never doubles."""
     with open_store(tmp_path, max_megabytes=1) as store:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from draftloop.backends.base import NO_PROPOSAL
+from draftloop.backends.vocabulary import CutVocabulary
 from draftloop.speculation.calibration import (
     BUDGET_S,
     ServedRounds,
@@ -63,6 +66,9 @@ class FakeModel:
         self.clock, self.busy_calls, self.scale = clock, busy_calls, scale
         self.calls = 0
         self.jobs = []
+        self.texts = []
+        self.vocabulary = None
+        self.architecture = SimpleNamespace(vocab_size=1000)
 
     def new_cache(self) -> FakeCache:
         return FakeCache(self.room)
@@ -80,6 +86,7 @@ class FakeModel:
 
     def propose(self, batch):
         (job,) = batch
+        self.texts.append(job.text)
         job.cache.read(len(job.unread) + job.num_draft_tokens - 1)
         self._work(0.003 + 0.020 * job.num_draft_tokens + 0.002 * (len(job.unread) - 1))
         k, greedy = job.num_draft_tokens, job.rules.sampling.greedy
@@ -93,6 +100,17 @@ class FakeModel:
 def fakes(**options) -> tuple[Pair, Clock]:
     clock = Clock()
     return Pair(FakeModel(clock, **options), FakeModel(clock, **options)), clock
+
+
+@pytest.mark.parametrize(("kept", "own"), [(None, 0), (997, 3), (100, 16)])
+def test_a_cut_head_is_timed_with_a_texts_own_tokens(kept, own):
+    """As it serves: they are a product of their own beside the chosen ones."""
+    pair, clock = fakes(scale=0.01)
+    pair.draft.vocabulary = None if kept is None else CutVocabulary(np.arange(kept, dtype=np.int32))
+    measure_costs(pair, THREE, clock)
+    for text in pair.draft.texts:
+        assert len(set(text)) == own
+        assert all(kept <= token < 1000 for token in text)
 
 
 @pytest.mark.parametrize("cap", [1, 3, 8])

@@ -1,7 +1,8 @@
 """Which tokens the draft's cut head keeps: those that the target emits, learnt from what is stored.
 
 Contract: a version is chosen once, from the answers that are stored then, and remembered beside them until
-the pair has said twice as much; what is evicted meanwhile changes nothing. Must not know a backend.
+the pair has said twice as much, or as much again as a version is learnt from; what is evicted meanwhile
+changes nothing. Must not know a backend.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ FIRST_TOKENS = 1_024
 AUTO_TOKENS = 8_192
 """With fewer, `auto` cuts nothing: what they lack is mostly what was not asked yet."""
 WINDOW_TOKENS = 65_536
-"""No more of them are read, the newest."""
+"""No more of them are read, the newest. So many tokens later none of them taught the version that still
+serves, and what a pair is asked may have changed: it is chosen anew, however long the pair is at work."""
 LEAST_PROBABILITY = 0.001
 """What the target holds for less likely teaches nothing: there is so much of it that it would drive out what
 is frequent. (It helps where the lowest ids are of little use, as in Chinese, and hurts where they are.)"""
@@ -108,7 +110,9 @@ def _version(
     except RecordLost as error:
         logger.debug("%s", error)
         version = None
-    if version is not None and told_tokens < 2 * version.answer_tokens:
+    if version is not None and told_tokens < version.answer_tokens + min(
+        version.answer_tokens, WINDOW_TOKENS
+    ):
         return version
     version = VocabularyVersion(told_tokens, _chosen_ids(_teachers(store, pair), setting, wanted))
     try:

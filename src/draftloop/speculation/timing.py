@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 CONTEXT_TOKENS = 64
 """Steps are timed behind a short text: what sets one off against another hardly depends on it."""
+OWN_TOKENS = 16
+"""A text holds about so many tokens that a cut head lacks, and drafts from them too (`ProposeJob.text`)."""
 GREEDY = Rules(Sampling())
 
 
@@ -56,7 +58,7 @@ def proposal_step(
 ) -> Callable[[], Proposal]:
     """Reads and drafts, waits for the device, and leaves the cache as it was."""
     uniforms = np.zeros(num_draft_tokens, np.float32)
-    job = ProposeJob(cache, [1] * unread_tokens, num_draft_tokens, rules, uniforms)
+    job = ProposeJob(cache, [1] * unread_tokens, num_draft_tokens, rules, uniforms, text=_own_tokens(draft))
 
     def step() -> Proposal:
         position = cache.position
@@ -67,6 +69,17 @@ def proposal_step(
         return proposal
 
     return step
+
+
+def _own_tokens(draft: Model) -> list[int]:
+    """Some tokens that were cut off, spread over the vocabulary; none where the head is whole."""
+    cut = draft.vocabulary
+    if cut is None:
+        return []
+    size = draft.architecture.vocab_size
+    missing = cut.missing(np.arange(size, dtype=np.int32), size)
+    own: list[int] = missing[:: max(1, len(missing) // OWN_TOKENS)][:OWN_TOKENS].tolist()
+    return own
 
 
 def verification_step(
