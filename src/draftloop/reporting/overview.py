@@ -115,8 +115,6 @@ def tiles_of(stored: Stored, now: Now) -> list[Tile]:
     rejected = statuses.count(AdapterStatus.REJECTED)
     reverted = statuses.count(AdapterStatus.REVERTED)
     active = next((one for one in stored.adapters if one.name == stored.active), None)
-    suffix = everything.suffix
-    found = [Tile("From suffix matches", percent(suffix.share), suffix_line(suffix))] if suffix.rounds else []
     return [
         Tile("Requests", number(everything.requests), f"{number(everything.tokens)} tokens answered"),
         Tile("Alpha now", _alpha(now.current), _against(now.bare.alpha, 3, stored)),
@@ -132,8 +130,18 @@ def tiles_of(stored: Stored, now: Now) -> list[Tile]:
             number(_promoted(stored)),
             f"{number(rejected)} rejected, {number(reverted)} taken back",
         ),
-        *found,
     ]
+
+
+def suffix_sentence(stored: Stored) -> str:
+    """What suffix matches wrote; "" where there were none."""
+    suffix = figures_of(stored.requests).suffix
+    if not suffix.rounds:
+        return ""
+    return (
+        f"Suffix matches wrote {percent(suffix.share)} of all answers ({suffix_line(suffix)}); "
+        "alpha and tau are the draft model's and leave them out."
+    )
 
 
 def training_state(selection: Selection, setting: float | str, num_drafted: int) -> str:

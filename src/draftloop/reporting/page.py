@@ -17,6 +17,7 @@ from draftloop.reporting.overview import (
     headline,
     now_of,
     request_charts,
+    suffix_sentence,
     tiles_of,
 )
 from draftloop.reporting.templating import render
@@ -45,7 +46,7 @@ class Comparison:
         title: of the table.
         columns: names of the figures.
         rows: a way's name, and its figures as shown.
-        conclusions: sentences below it.
+        conclusions: sentences about them.
     """
 
     title: str
@@ -99,6 +100,7 @@ def _values(stored: Stored, names: TokenNames, surroundings: Surroundings) -> di
         "waiting": surroundings.waiting,
         "comparison": surroundings.comparison,
         "nothing": _nothing(stored),
+        "suffix": suffix_sentence(stored),
         "charts": request_charts(stored),
         "has_marks": bool(stored.history),
         "window": rolling_window(len(stored.drafted)),
