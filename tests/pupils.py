@@ -16,10 +16,15 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import toys
+from draftloop.backends.architecture import read_architecture
+from draftloop.backends.lora import Lora, LoraModule, LoraSpec, new_lora
 from draftloop.config import load_config
 from draftloop.engine import Request
+from draftloop.learning.deployment import adapter_folder
 from draftloop.learning.recorder import Provenance
 from draftloop.loading import load_prepared, open_school, open_storage, pair_of, prepare, prepare_draft
+from draftloop.models.adapter_files import write_adapter
+from draftloop.storage.records import AdapterRecord, AdapterStatus
 from draftloop.types import Sampling
 
 if TYPE_CHECKING:
@@ -161,6 +166,24 @@ def furnish(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Classroom:
     with room.store() as store:
         ask(room.engine(store), range(REQUESTS))
     return room
+
+
+def add_adapter(
+    room: Classroom, store: Store, name: str, *, parent: str | None = None, confused: bool = False
+) -> None:
+    """Add an adapter that changes nothing, or that confuses the draft. It is not active by that."""
+    draft = room.folder / "draft"
+    fresh = new_lora(read_architecture(draft), LoraSpec(4, 64.0, ("q_proj", "down_proj")), 0)
+    random = np.random.default_rng(0)
+    modules = {
+        key: LoraModule(one.a, random.standard_normal(one.b.shape).astype(np.float32) if confused else one.b)
+        for key, one in fresh.modules.items()
+    }
+    folder = adapter_folder(room.data, name)
+    folder.parent.mkdir(exist_ok=True)
+    write_adapter(folder, Lora(fresh.spec, modules), base_model="./draft", facts={})
+    status = AdapterStatus.IMPORTED
+    store.adapters.add(AdapterRecord(name, room.pair, parent, 0.0, status, "unfused", None, "new", {}))
 
 
 class Watched:

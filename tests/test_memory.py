@@ -102,10 +102,10 @@ def test_lora_parameters_and_their_sixteen_bytes() -> None:
 def test_the_totals_are_the_sums_of_their_parts() -> None:
     p = plan()
     target = part(p, "target: weights") + part(p, "target: KV")
-    assert p.combined_bytes == sum(q.num_bytes for q in p.parts)
     assert p.training_bytes < p.combined_bytes - target
     shared = part(p, "draft: weights") + RUNTIME_BYTES
-    assert p.generation_bytes + p.training_bytes == p.combined_bytes + shared
+    assert p.combined_bytes == sum(q.num_bytes for q in p.parts) + shared
+    assert p.combined_bytes == p.generation_bytes + p.training_bytes
 
 
 @given(
@@ -147,7 +147,8 @@ def test_prompts_are_read_in_the_pieces_that_the_plan_counts() -> None:
 
 
 def test_what_fits_passes_and_one_byte_less_does_not() -> None:
-    for total, check in (("generation_bytes", "check_generation"), ("training_bytes", "check_training")):
+    for work in ("generation", "training", "combined"):
+        total, check = f"{work}_bytes", f"check_{work}"
         needed = getattr(plan(), total)
         getattr(plan(available_bytes=needed), check)()
         with pytest.raises(MemoryPlanError) as caught:

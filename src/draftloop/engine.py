@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from draftloop.answers import Answer, Completion, Event, PromptProgress, Request, RoundDone, TextPiece
@@ -29,7 +30,8 @@ from draftloop.speculation.stream import (
 from draftloop.speculation.suffix import SuffixIndex
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator
+    from contextlib import AbstractContextManager
 
     from draftloop.backends.base import Backend
     from draftloop.learning.deployment import ActiveAdapter, Deployed
@@ -57,6 +59,7 @@ class Engine:
         prefixes: what is kept of past texts, for those that begin alike; None keeps nothing.
         schedule: chooses K round by round; without one each round drafts as many as the request says.
         suffixes: remembers what was written, for suffix matches; None looks in each text alone.
+        answering: is entered while something is answered (`learning.yielding.Answering`).
     """
 
     def __init__(
@@ -71,8 +74,10 @@ class Engine:
         prefixes: PrefixCache | None = None,
         schedule: Schedule | None = None,
         suffixes: SuffixIndex | None = None,
+        answering: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.backend = backend
+        self.answering = answering
         self.pair = pair
         self.tokenizer = tokenizer
         self.adapter: str | None = None
@@ -140,8 +145,13 @@ class Engine:
         """
         if request.max_tokens < 1:
             raise InputError(f"max_tokens is {request.max_tokens}", remedy="Ask for at least 1 token.")
+        with self.answering():
+            yield from self._answered(request, conversation or self.open_conversation(), experience)
+
+    def _answered(
+        self, request: Request, conversation: Conversation, experience: Experience | None
+    ) -> Iterator[Event]:
         self.follow_adapter()
-        conversation = conversation or self.open_conversation()
         if conversation.adapter != self.adapter:
             conversation.forget_draft(self.adapter)
         settings = self._decode_settings(request)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ from draftloop.learning.deployment import ActiveAdapter, load_deployed
 from draftloop.learning.recent import recent_rounds
 from draftloop.learning.recorder import Recorder
 from draftloop.learning.vocabulary import Wanted, choose_vocabulary
+from draftloop.learning.yielding import UNHURRIED, Answering
 from draftloop.models.folder import heads_digest
 from draftloop.models.memory import MEGABYTE, MemoryPlan, plan_memory
 from draftloop.models.resolve import locate, resolve
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from draftloop.backends.base import Backend
     from draftloop.backends.vocabulary import CutVocabulary
     from draftloop.config import Config
+    from draftloop.learning.yielding import Courtesy
     from draftloop.models.progress import Progress
     from draftloop.speculation.costs import RoundCosts
     from draftloop.storage.store import Store
@@ -188,6 +191,7 @@ def load_prepared(
         prefixes=PrefixCache(MEGABYTE * config.memory.prefix_cache_megabytes),
         schedule=schedule,
         suffixes=_suffixes(config, store if recorder else None),
+        answering=Answering(directory) if store is not None else nullcontext,
     )
     if store is not None and adapter not in (ACTIVE, NONE):
         engine.wear(load_deployed(store, directory, adapter))
@@ -216,8 +220,10 @@ def prepare_draft(config: Config, progress: Progress | None = None) -> PreparedD
     return PreparedDraft(folder, architecture, tokenizer, backend)
 
 
-def open_school(config: Config, prepared: PreparedDraft, store: Store) -> School:
-    """Where the draft learns."""
+def open_school(
+    config: Config, prepared: PreparedDraft, store: Store, courtesy: Courtesy = UNHURRIED
+) -> School:
+    """Where the draft learns; `courtesy` says when."""
     capabilities = prepared.backend.capabilities()
     vocabulary = _vocabulary(config, prepared.backend, prepared.tokenizer, prepared.architecture, store)
     return School(
@@ -240,6 +246,7 @@ def open_school(config: Config, prepared: PreparedDraft, store: Store) -> School
         },
         vocabulary=vocabulary,
         by_width=_costs_before(config, prepared.backend, _target_here(config), prepared.folder, vocabulary),
+        courtesy=courtesy,
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import pupils
 from draftloop.errors import StorageError
 from draftloop.learning.background import (
     LOG_NAME,
@@ -91,9 +92,30 @@ def test_it_begins_when_nobody_asked_for_a_while(machine):
 
 def test_an_answer_under_way_is_no_idleness(machine):
     machine.learner.began()
-    assert machine.wait(1000) is None
+    assert machine.wait(500) is None
     machine.learner.ended()
     assert machine.wait(19) is None
+    assert isinstance(machine.wait(1), Started)
+
+
+def test_under_requests_that_never_pause_it_begins_in_the_end(classroom, store):
+    machine = Machine(classroom, store, adaptation__longest_wait_s=60)
+    for _ in range(5):
+        machine.learner.began()
+        assert machine.wait(9) is None
+        machine.learner.ended()
+        assert machine.wait(2) is None
+    machine.learner.began()
+    assert machine.wait(4) is None
+    assert isinstance(machine.wait(2), Started)
+
+
+def test_under_requests_that_never_pause_too_few_failures_are_looked_at_again(classroom, store):
+    machine = Machine(classroom, store, adaptation__longest_wait_s=60, training__min_failure_cases=52)
+    machine.learner.began()
+    assert machine.wait(60) is None
+    pupils.ask(classroom.engine(store), range(200, 220))
+    assert machine.wait(59) is None
     assert isinstance(machine.wait(1), Started)
 
 

@@ -92,7 +92,7 @@ def costs(monkeypatch):
     def give(bare, incumbent, *of_forms):
         by_form = dict(zip((UNFUSED, FUSED16, FUSED4), of_forms, strict=True))
 
-        def timings(draft, outfits, k, sampling):
+        def timings(draft, outfits, k, sampling, courtesy):
             seconds = [by_form[one.form] for one in outfits]
             if outfits[0] == Outfit():
                 seconds[:2] = bare, incumbent

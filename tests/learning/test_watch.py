@@ -7,11 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from draftloop.backends.architecture import read_architecture
-from draftloop.backends.lora import Lora, LoraModule, LoraSpec, new_lora
-from draftloop.learning.deployment import adapter_folder
+import pupils
 from draftloop.learning.watch import alpha_fall, revert_if_falling
-from draftloop.models.adapter_files import write_adapter
 from draftloop.storage.records import (
     AdapterRecord,
     AdapterStatus,
@@ -22,7 +19,6 @@ from draftloop.storage.records import (
 )
 from draftloop.storage.store import open_store
 from draftloop.types import Sampling
-from pupils import ask
 
 PAIR = PairKey("target", "draft")
 ROWS = 50
@@ -267,28 +263,11 @@ def test_requests_of_an_earlier_promotion_do_not_count(store):
 
 def test_the_recorder_takes_a_bad_adapter_back_while_answers_go_on(classroom):
     """Through the engine: an adapter that confuses the draft is worn, and gone after the requests allowed."""
-    draft = classroom.folder / "draft"
-    fresh = new_lora(read_architecture(draft), LoraSpec(4, 64.0, ("q_proj", "down_proj")), 0)
-    random = np.random.default_rng(0)
-    confused = {
-        name: LoraModule(module.a, random.standard_normal(module.b.shape).astype(np.float32))
-        for name, module in fresh.modules.items()
-    }
     with classroom.store() as store:
-        write_adapter(
-            adapter_folder(classroom.data, "a0001"),
-            Lora(fresh.spec, confused),
-            base_model="./draft",
-            facts={},
-        )
-        store.adapters.add(
-            AdapterRecord(
-                "a0001", classroom.pair, None, 0.0, AdapterStatus.IMPORTED, "unfused", None, "new", {}
-            )
-        )
+        pupils.add_adapter(classroom, store, "a0001", confused=True)
         store.adapters.promote("a0001", reason="a mistake")
         engine = classroom.engine(store, adaptation__revert_after_requests=6)
-        worn = [one.adapter for one in ask(engine, range(300, 310))]
+        worn = [one.adapter for one in pupils.ask(engine, range(300, 310))]
         assert worn == ["a0001"] * 6 + [None] * 4
         assert store.adapters.get("a0001").status is AdapterStatus.REVERTED
         answers = store.requests.list(classroom.pair)[-10:]

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -68,6 +68,10 @@ class Example:
         return 1.0 if sampling.greedy else sampling.temperature
 
 
+def go_on() -> None:
+    """A pause of no length."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainerSettings:
     """What a trainer is told once.
@@ -76,11 +80,14 @@ class TrainerSettings:
         objective: the loss.
         gradient_checkpointing: keep only each layer's input and compute the rest again: less memory.
         max_gradient_norm: a longer gradient is cut to this length.
+        pause: called again and again while a step or a replay is computed, as often as the framework can
+            stop in between; it may take its time, so that others can have the processors meanwhile.
     """
 
     objective: Objective
     gradient_checkpointing: bool
     max_gradient_norm: float = 1.0
+    pause: Callable[[], None] = go_on
 
 
 @dataclass(frozen=True, slots=True)

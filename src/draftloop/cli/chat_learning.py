@@ -34,12 +34,12 @@ PROMPT = "> "
 
 def open_news(context: typer.Context, asked: AnswerOptions, store: Store | None) -> ChatNews:
     """Learning for one chat, where the settings, the store and the backend allow it."""
-    config = asked.config
-    wanted = config.adaptation.auto_train is not False and config.storage.collect
-    if store is None or not wanted or not asked.with_draft or config.backend == "numpy":
-        return ChatNews()
-    from draftloop.learning.background import IdleLearner
+    from draftloop.learning.background import IdleLearner, why_not
     from draftloop.loading import pair_of
+
+    config = asked.config
+    if store is None or why_not(config, with_draft=asked.with_draft) is not None:
+        return ChatNews()
 
     arguments = options.global_arguments(context)
     if "--num-draft-tokens" in options.flags_given(context):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,7 +54,8 @@ def train(
         raise BackendUnavailable(
             "backend = numpy does not train", remedy="Set backend: torch, or mlx on Apple silicon."
         )
-    outcome = _learn(config, resume=resume, quiet=as_json and not sys.stderr.isatty())
+    quiet = as_json and not sys.stderr.isatty()
+    outcome = _learn(config, resume=resume, quiet=quiet, background=background)
     if as_json:
         write_json(outcome_figures(outcome))
     else:
@@ -62,17 +64,21 @@ def train(
         raise typer.Exit(INTERRUPTED)
 
 
-def _learn(config: Config, *, resume: bool, quiet: bool) -> Outcome:
+def _learn(config: Config, *, resume: bool, quiet: bool, background: bool) -> Outcome:
     from draftloop.cli.training_progress import TrainingBars
 
     with waiting("preparing the draft"):
         from draftloop.learning.circle import learn
+        from draftloop.learning.yielding import UNHURRIED, Yielding
         from draftloop.loading import open_school, open_storage, prepare_draft
     with open_storage(config) as store:
         prepared = prepare_draft(config, Bars())
         with TrainingBars(quiet=quiet) as bars, interrupt_as_flag(_say_heard) as stop:
+            directory = Path(config.storage.directory)
+            courtesy = Yielding(directory, stop.is_set) if background else UNHURRIED
             try:
-                return learn(open_school(config, prepared, store), bars, stop.is_set, resume=resume)
+                school = open_school(config, prepared, store, courtesy)
+                return learn(school, bars, stop.is_set, resume=resume)
             except KeyboardInterrupt:
                 say("draftloop train --resume goes on from the last checkpoint.")
                 raise

@@ -186,6 +186,7 @@ class AdaptationSettings(Settings):
 
     auto_train: Literal["auto"] | bool = "auto"
     idle_s: Annotated[float, Field(ge=0)] = 20.0
+    longest_wait_s: Annotated[float, Field(ge=0)] = 600.0
     revert_after_requests: Count = 20
 
 

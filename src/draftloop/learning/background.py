@@ -111,6 +111,17 @@ class Training:
         return errors[-1] if errors else f"the process ended with status {self._process.returncode}"
 
 
+def why_not(config: Config, *, with_draft: bool) -> str | None:
+    """Why a pair that answers does not learn by itself, by its settings; None where it does."""
+    if not with_draft:
+        return "no draft answers"
+    if config.adaptation.auto_train is False:
+        return "adaptation.auto_train is false"
+    if not config.storage.collect:
+        return "nothing is stored (storage.collect)"
+    return "backend numpy does not train" if config.backend == "numpy" else None
+
+
 @dataclass(frozen=True, slots=True)
 class Started:
     """Training has begun."""
@@ -127,7 +138,10 @@ class Ended:
 
 
 class IdleLearner:
-    """Starts training when nobody has asked anything for a while and enough failures wait.
+    """Starts training when enough failures wait and nobody has asked anything for a while.
+
+    Where requests never pause for so long, it looks every `adaptation.longest_wait_s` all the same: the run
+    itself yields to answers (`yielding`).
 
     `began`, `ended` and `leave` belong to whoever answers; `look` may be called by another thread.
 
@@ -162,7 +176,8 @@ class IdleLearner:
         self._lock = threading.Lock()
         self._training: Training | None = None
         self._idle_since_s: float | None = clock()
-        self._looked = False
+        self._looked_s = clock()
+        self._looked_since_idle = False
         self._given_up = False
 
     @property
@@ -174,24 +189,23 @@ class IdleLearner:
         """A request has come."""
         with self._lock:
             self._idle_since_s = None
+            self._looked_since_idle = False
 
     def ended(self) -> None:
         """It is answered."""
         with self._lock:
             self._idle_since_s = self._clock()
-            self._looked = False
 
     def look(self) -> Started | Ended | None:
         """Start training where it is time, or see whether it is over; what has happened, if anything."""
         with self._lock:
             if self._training is not None:
                 return self._see()
-            if self._given_up or self._looked or self._idle_since_s is None:
+            if self._given_up or not self._is_due():
                 return None
-            if self._clock() - self._idle_since_s < self._config.adaptation.idle_s:
-                return None
+            self._looked_s = self._clock()
             # Until the next request nothing changes that would make it worth another look.
-            self._looked = True
+            self._looked_since_idle = self._idle_since_s is not None
             try:
                 return self._begin()
             except (DraftloopError, OSError) as error:
@@ -206,6 +220,19 @@ class IdleLearner:
             if self._training is not None and running:
                 self._training.stop()
             return running
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether no run of ours is left within that time."""
+        training = self._training
+        return training is None or training.wait(timeout_s)
+
+    def _is_due(self) -> bool:
+        """Whether it is time to look if enough failures wait."""
+        if self._looked_since_idle:
+            return False
+        now_s, adaptation = self._clock(), self._config.adaptation
+        idle = self._idle_since_s is not None and now_s - self._idle_since_s >= adaptation.idle_s
+        return idle or now_s - self._looked_s >= adaptation.longest_wait_s
 
     def _begin(self) -> Started | None:
         if is_training(self._directory):

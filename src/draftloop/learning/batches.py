@@ -15,6 +15,8 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from draftloop.config.schema import TrainingSettings
+
 Step = tuple[tuple[int, ...], ...]
 """The microbatches of one optimizer step, each a few example ids."""
 
@@ -68,6 +70,19 @@ def plan_batches(
     while step := tuple(_microbatches(examples, batch_size, accumulation_steps)):
         steps.append(step)
     return steps
+
+
+def planned_steps(failures: Sequence[int], replay: Sequence[int], settings: TrainingSettings) -> list[Step]:
+    """`plan_batches` as `training.*` has it."""
+    return plan_batches(
+        failures,
+        replay,
+        batch_size=settings.batch_size,
+        accumulation_steps=settings.gradient_accumulation_steps,
+        num_epochs=settings.num_epochs,
+        replay_ratio=settings.replay_ratio,
+        seed=settings.seed,
+    )
 
 
 def _shuffled(ids: Sequence[int], seed: int, stream: int) -> Iterator[int]:

@@ -20,6 +20,7 @@ from draftloop.learning.run import Outcome, Run, checkpoint_of, run_folder
 from draftloop.learning.selection import Selection, replay_sample, select
 from draftloop.learning.tensorboard import TensorBoardWatcher, require_tensorboard
 from draftloop.learning.training import TrainingWatcher
+from draftloop.learning.yielding import UNHURRIED
 from draftloop.models.cache import make_folder
 from draftloop.storage.records import RunStatus
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from draftloop.backends.base import Backend
     from draftloop.backends.vocabulary import CutVocabulary
     from draftloop.config import Config
+    from draftloop.learning.yielding import Courtesy
     from draftloop.speculation.costs import RoundCosts
     from draftloop.storage.records import PairKey, RunRecord
     from draftloop.storage.store import Store
@@ -73,6 +75,7 @@ class School:
         vocabulary: what the draft's head is cut to where it is served; None leaves it whole. Training always
             sees all of it.
         by_width: what the pair's rounds were calibrated to cost; None where K is constant or nobody measured.
+        courtesy: when a run may compute.
     """
 
     store: Store
@@ -86,6 +89,7 @@ class School:
     facts: Mapping[str, Any]
     vocabulary: CutVocabulary | None = None
     by_width: RoundCosts | None = None
+    courtesy: Courtesy = UNHURRIED
 
 
 def learn(

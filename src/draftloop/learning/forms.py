@@ -16,6 +16,7 @@ import numpy as np
 from draftloop.backends.lora import AdapterForm
 from draftloop.learning.replayed import RoundCost
 from draftloop.learning.student import student_quantile
+from draftloop.learning.yielding import UNHURRIED
 from draftloop.speculation.metrics import tokens_per_round
 from draftloop.speculation.timing import time_proposals
 from draftloop.types import Rules, Sampling
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from draftloop.backends.lora import Lora
     from draftloop.backends.training import Example
     from draftloop.learning.replayed import TimedRound
+    from draftloop.learning.yielding import Courtesy
     from draftloop.speculation.costs import RoundCosts
 
 TIMED_PROPOSALS = 5
@@ -168,6 +170,7 @@ def choose_form(
     timed_round: TimedRound | None,
     by_width: RoundCosts | None,
     compared: Callable[[float], None],
+    courtesy: Courtesy = UNHURRIED,
 ) -> FormChoice:
     """Measure the forms that the backend has, beside the incumbent and the bare draft.
 
@@ -187,9 +190,14 @@ def choose_form(
         by_width: what rounds were calibrated to cost, where a schedule chooses K. Drafts are timed under its
             sampling, since the verification is scaled by them.
         compared: is called with the share of an example that has been replayed.
+        courtesy: drafts are timed while nobody else computes.
     """
     best, sampling = Outfit(lora), Sampling() if by_width is None else by_width.sampling
-    timings = interleaved_draft_seconds(draft, [Outfit(), incumbent, best], num_draft_tokens, sampling)
+
+    def timed(*outfits: Outfit) -> list[list[float]]:
+        return interleaved_draft_seconds(draft, outfits, num_draft_tokens, sampling, courtesy)
+
+    timings = timed(Outfit(), incumbent, best)
     bare_s, incumbent_s = (statistics.median(one) for one in timings[:2])
     verify_s = _verify_seconds(timed_round, incumbent_s)
     now = by_width and _as_now(by_width, bare_s, num_draft_tokens)
@@ -204,8 +212,7 @@ def choose_form(
             figures[form] = FormFigures()
             fitting.passed_over()
             continue
-        timings = interleaved_draft_seconds(draft, [outfit, best], num_draft_tokens, sampling)
-        own, rival = map(fitting.timed, timings)
+        own, rival = map(fitting.timed, timed(outfit, best))
         if own.cost.draft_s >= rival.cost.draft_s:
             figures[form] = FormFigures(own.cost.draft_s)
             fitting.passed_over()
@@ -300,7 +307,11 @@ def _as_now(calibrated: RoundCosts, bare_s: float, num_draft_tokens: int) -> Rou
 
 
 def interleaved_draft_seconds(
-    draft: Model, outfits: Sequence[Outfit], num_draft_tokens: int, sampling: Sampling
+    draft: Model,
+    outfits: Sequence[Outfit],
+    num_draft_tokens: int,
+    sampling: Sampling,
+    courtesy: Courtesy = UNHURRIED,
 ) -> list[list[float]]:
     """Seconds a drafted token in each outfit, several of each, in turn, so that a busy moment hits all."""
     passes: list[list[float]] = [[] for _ in outfits]
@@ -308,6 +319,10 @@ def interleaved_draft_seconds(
     for _ in range(INTERLEAVED_PASSES):
         for seconds, outfit in zip(passes, outfits, strict=True):
             draft.set_adapter(outfit.lora, outfit.form)
-            proposals_s = time_proposals(draft, num_draft_tokens, TIMED_PROPOSALS, rules=rules)
+            proposals_s = courtesy.undisturbed(
+                lambda clock: time_proposals(
+                    draft, num_draft_tokens, TIMED_PROPOSALS, rules=rules, clock=clock
+                )
+            )
             seconds.extend(one / num_draft_tokens for one in proposals_s)
     return passes

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from draftloop.learning.forms import Outfit, choose_form
 from draftloop.learning.gate import Verdict, judge
 from draftloop.learning.replayed import ReplayedRequest
+from draftloop.learning.yielding import UNHURRIED
 from draftloop.speculation.metrics import expected_rounds, mean_alpha, tokens_per_round
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from draftloop.backends.training import Example
     from draftloop.learning.forms import FormFigures
     from draftloop.learning.replayed import RoundCost, TimedRound
+    from draftloop.learning.yielding import Courtesy
     from draftloop.speculation.costs import RoundCosts
 
     Rows = NDArray[np.float32]
@@ -74,6 +76,7 @@ def judge_candidate(
     by_width: RoundCosts | None,
     seed: int,
     replayed: Callable[[float], None],
+    courtesy: Courtesy = UNHURRIED,
 ) -> Judgement:
     """Choose the candidate's form, replay what was held out, and judge.
 
@@ -89,6 +92,7 @@ def judge_candidate(
         by_width: the verification's cost by width, where a schedule chooses K; None where K is constant.
         seed: of the bootstrap.
         replayed: is called with the share of an example or held-out request that has been replayed.
+        courtesy: times are measured while nobody else computes.
     """
     choice = choose_form(
         draft,
@@ -99,6 +103,7 @@ def judge_candidate(
         timed_round=timed_round,
         by_width=by_width,
         compared=replayed,
+        courtesy=courtesy,
     )
     outfits = [Outfit(lora, choice.best), incumbent, *([] if incumbent.lora is None else [Outfit()])]
     alphas = _replay(draft, outfits, held_out, replayed)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from draftloop.backends.vocabulary import CutVocabulary
 from draftloop.config.schema import TrainingSettings
 from draftloop.errors import StorageError
+from draftloop.learning.batches import planned_steps
 from draftloop.learning.replayed import TimedRound
 from draftloop.speculation.costs import RoundCosts
 from draftloop.types import Sampling
@@ -61,6 +62,11 @@ class Recipe:
     def learnt(self) -> tuple[int, ...]:
         """The requests that it trains on."""
         return (*self.failures, *self.replay)
+
+    @property
+    def num_steps(self) -> int:
+        """Of the optimizer, in the whole run."""
+        return len(planned_steps(self.failures, self.replay, self.settings))
 
     @property
     def last_request(self) -> int:

@@ -192,7 +192,9 @@ class Run:
         trainer = school.backend.new_trainer(
             school.draft_folder,
             start,
-            TrainerSettings(Objective(training.objective), recipe.gradient_checkpointing),
+            TrainerSettings(
+                Objective(training.objective), recipe.gradient_checkpointing, pause=school.courtesy.wait
+            ),
         )
         job = TrainingJob(
             examples=examples,
@@ -225,6 +227,7 @@ class Run:
 
         def replayed(share: float) -> None:
             self._watcher.judged(share)
+            school.courtesy.wait()
             if stop_wanted():
                 raise _StoppedJudging
 
@@ -246,6 +249,7 @@ class Run:
             by_width=recipe.by_width,
             seed=recipe.settings.seed,
             replayed=replayed,
+            courtesy=school.courtesy,
         )
 
     def _compared(self, examples: Mapping[int, Example]) -> list[Example]:

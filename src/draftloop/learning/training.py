@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from draftloop.errors import DraftloopError
-from draftloop.learning.batches import plan_batches
+from draftloop.learning.batches import planned_steps
 from draftloop.learning.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from draftloop.learning.learning_rate import learning_rate_at
 from draftloop.storage.records import RunPoint
@@ -118,17 +118,7 @@ class _Loop:
         self._trainer = trainer
         self._job = job
         self._watcher = watcher
-        self._steps = list(
-            plan_batches(
-                job.failures,
-                job.replay,
-                batch_size=training.batch_size,
-                accumulation_steps=training.gradient_accumulation_steps,
-                num_epochs=training.num_epochs,
-                replay_ratio=training.replay_ratio,
-                seed=training.seed,
-            )
-        )
+        self._steps = planned_steps(job.failures, job.replay, training)
         per_epoch = max(1, round(len(self._steps) / training.num_epochs))
         self._validate_at = {per_epoch * epoch for epoch in range(1, training.num_epochs)} | {
             len(self._steps)

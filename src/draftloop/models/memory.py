@@ -85,12 +85,14 @@ class MemoryPlan:
         available_bytes: what the plan has to fit into.
         generation_advice: what helps most where generating does not fit.
         training_advice: the same for training.
+        combined_advice: the same for training while the pair generates.
     """
 
     parts: tuple[Part, ...]
     available_bytes: int
     generation_advice: str
     training_advice: str
+    combined_advice: str
 
     @property
     def generation_bytes(self) -> int:
@@ -104,8 +106,11 @@ class MemoryPlan:
 
     @property
     def combined_bytes(self) -> int:
-        """Both models, generating while the draft trains."""
-        return sum(part.num_bytes for part in self.parts)
+        """Both models, generating while the draft trains in a process of its own.
+
+        What both need, the draft's weights and the framework, is there twice.
+        """
+        return self.generation_bytes + self.training_bytes
 
     def check_generation(self) -> None:
         """Refuse a pair that does not fit.
@@ -122,6 +127,14 @@ class MemoryPlan:
             MemoryPlanError: with the plan, and the setting that would help most.
         """
         self._check("training", self.training_bytes, self.training_advice)
+
+    def check_combined(self) -> None:
+        """Refuse to learn in the background where that does not fit beside the pair.
+
+        Raises:
+            MemoryPlanError: with the plan, and the setting that would help most.
+        """
+        self._check("generating and training at once", self.combined_bytes, self.combined_advice)
 
     def _check(self, work: str, needed_bytes: int, advice: str) -> None:
         if needed_bytes > self.available_bytes:
@@ -171,15 +184,22 @@ def plan_memory(
     if available_bytes is None:
         available_bytes = available_memory_bytes()
 
-    def needed(training: bool, changed: Config) -> int:
+    def needed(generation: bool, training: bool, changed: Config) -> int:
         parts = _parts(target, draft, changed, num_suffix_tokens)
-        return sum(part.num_bytes for part in parts if (part.in_training if training else part.in_generation))
+        return sum(
+            part.num_bytes * ((generation and part.in_generation) + (training and part.in_training))
+            for part in parts
+        )
+
+    def advised(generation: bool, training: bool) -> str:
+        return advice(partial(needed, generation, training), config, available_bytes, training=training)
 
     return MemoryPlan(
         parts=_parts(target, draft, config, num_suffix_tokens),
         available_bytes=available_bytes,
-        generation_advice=advice(partial(needed, False), config, available_bytes, training=False),
-        training_advice=advice(partial(needed, True), config, available_bytes, training=True),
+        generation_advice=advised(True, False),
+        training_advice=advised(False, True),
+        combined_advice=advised(True, True),
     )
 
 

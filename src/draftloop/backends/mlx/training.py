@@ -110,7 +110,7 @@ class MlxTrainer:
     def replay(self, batch: Sequence[Example]) -> list[NDArray[np.float32]]:
         """Alpha at each response row with the weights as they are now."""
         with mx.stream(self._device), memory_errors("measuring the draft", _MEMORY_REMEDY):
-            return [replay(self._network, self._architecture, example) for example in batch]
+            return [self._replay(example) for example in batch]
 
     def state(self) -> TrainerState:
         """A copy on the host."""
@@ -130,11 +130,16 @@ class MlxTrainer:
             mx.eval(self._weights, self._moments)
             self._put_on(self._weights)
 
+    def _replay(self, example: Example) -> NDArray[np.float32]:
+        self._settings.pause()
+        return replay(self._network, self._architecture, example)
+
     def _mean(self, examples: Sequence[Example], rows: int) -> tuple[float, Weights]:
         """Mean loss over all rows and its gradient."""
         gradients = {key: mx.zeros_like(weight) for key, weight in self._weights.items()}
         loss = 0.0
         for example in examples:
+            self._settings.pause()
             differentiate = mx.value_and_grad(partial(self._surrogate, example))
             (_, total), more = differentiate(self._weights)
             gradients = {key: gradient + more[key] / rows for key, gradient in gradients.items()}

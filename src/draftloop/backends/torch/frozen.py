@@ -21,7 +21,7 @@ from draftloop.backends.torch.native.linear import native_unpack
 from draftloop.backends.torch.weights import AffineEmbedding, DenseEmbedding, layer_groups
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from draftloop.backends.torch.weights import Embedding, WeightLoader
 
@@ -32,10 +32,11 @@ _HEAD_ROWS = 8192
 class Workspace:
     """Dense weights, one buffer for each kind of layer, and what each one holds now."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, pause: Callable[[], None]) -> None:
         codes = torch.arange(256, device=device)
         pairs = torch.stack((codes & 15, codes >> 4), dim=-1).to(torch.bfloat16)
         self.dtype = dtype
+        self.pause = pause
         self._library = load_library(torch.get_num_threads()) if device.type == "cpu" else None
         self._pairs = pairs.view(torch.int32).flatten()
         self._codes = torch.empty(0, dtype=torch.int32, device=device)
@@ -92,7 +93,11 @@ class FrozenLinear:
     workspace: Workspace
 
     def dense(self) -> torch.Tensor:
-        """[out, in] in the activation dtype; see `Workspace.dense` for how long it is good."""
+        """[out, in] in the activation dtype; see `Workspace.dense` for how long it is good.
+
+        Every large product, forth and back, begins with it: here is where training pauses.
+        """
+        self.workspace.pause()
         if isinstance(self.weight, torch.Tensor):
             return self.weight
         return self.workspace.dense(self.kind, self.weight)
@@ -151,13 +156,13 @@ class FrozenModel:
     head: FrozenHead
 
 
-def load_frozen(loader: WeightLoader) -> FrozenModel:
-    """Open the loader's folder.
+def load_frozen(loader: WeightLoader, pause: Callable[[], None]) -> FrozenModel:
+    """Open the loader's folder. `pause` is called before each product with it.
 
     Raises:
         ModelUnreadable: a tensor is missing or has another shape.
     """
-    workspace = Workspace(loader.dtype, loader.device)
+    workspace = Workspace(loader.dtype, loader.device, pause)
     prefixes = [f"model.layers.{i}" for i in range(loader.architecture.num_layers)]
     embedding = loader.embedding()
     return FrozenModel(

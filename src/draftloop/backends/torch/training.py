@@ -59,7 +59,7 @@ class TorchTrainer:
     """See `Trainer`."""
 
     def __init__(self, loader: WeightLoader, lora: Lora, settings: TrainerSettings) -> None:
-        base = load_frozen(loader)
+        base = load_frozen(loader, settings.pause)
         self._settings = settings
         self._device = loader.device
         self._adam = AdamLora(lora, loader.device)

@@ -1,0 +1,152 @@
+"""Learning while serving: when it begins, what is told of it, and that its fruit is worn and taken back."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+import pupils
+from draftloop.cli.train import outcome_figures
+from draftloop.learning.background import Ended, IdleLearner, Started
+from draftloop.learning.circle import learn
+from draftloop.server.learning import Learner, Phase
+from draftloop.storage.records import RunPoint
+
+pytest.importorskip("torch")
+
+
+@pytest.fixture
+def store(classroom):
+    with classroom.store() as store:
+        yield store
+
+
+class FakeTraining:
+    def __init__(self, outcome=None) -> None:
+        self.outcome = outcome
+        self.stopped = threading.Event()
+
+    def poll(self):
+        return self.outcome
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def wait(self, timeout_s):
+        return self.outcome is not None or self.stopped.is_set()
+
+
+class Desk:
+    """A learner whose trainings are given, and whose clock stands still."""
+
+    def __init__(self, classroom, store, start, **changes) -> None:
+        self.now_s = 100.0
+        config = classroom.config(adaptation__idle_s=20, **changes)
+        idle = IdleLearner(
+            store, classroom.data, classroom.pair, config, [], clock=lambda: self.now_s, start=start
+        )
+        self.learner = Learner(store, classroom.pair, idle, clock=lambda: self.now_s)
+
+    def look(self, after_s):
+        self.now_s += after_s
+        return self.learner.look()
+
+
+def trained_here(classroom, store):
+    """Training in this process, so that what rounds cost can be given."""
+
+    def start(arguments, directory, *, resume):
+        return FakeTraining(outcome_figures(learn(classroom.school(store), pupils.Watched(), lambda: False)))
+
+    return start
+
+
+def test_who_does_not_learn_says_why_and_counts_what_others_promote(classroom, store):
+    learner = Learner(store, classroom.pair, None, why_off="serve --no-learn")
+    learner.start()
+    learner.began()
+    learner.ended()
+    assert learner.look() is None
+    pupils.add_adapter(classroom, store, "a0001")
+    store.adapters.promote("a0001", reason="by hand")
+    state = learner.state()
+    assert (state.phase, state.enabled, state.why_off) == (Phase.OFF, False, "serve --no-learn")
+    assert (state.promotions, state.reverts) == (1, 0)
+    assert learner.stop(0) is True
+
+
+def test_it_tells_how_far_a_run_is(classroom, store):
+    desk = Desk(classroom, store, lambda *_, **__: FakeTraining())
+    assert desk.learner.state().phase is Phase.WAITING
+    assert isinstance(desk.look(20), Started)
+    assert desk.learner.state().phase is Phase.PREPARING
+    # A run that another process has begun, as far as the store tells.
+    run = begun_run(classroom, store)
+    first = desk.learner.state()
+    assert (first.phase, first.training, first.progress.step) == (Phase.TRAINING, True, 0)
+    assert first.progress.eta_s is None
+    total = first.progress.steps
+    assert total > 10
+    for step in (1, 2):
+        store.runs.add_point(run, RunPoint(step, 0.5, 1.0, 0.1, 1.0, None))
+    store.runs.add_point(run, RunPoint(2, 0.5, None, None, None, 0.75))
+    desk.now_s += 10
+    progress = desk.learner.state().progress
+    assert (progress.step, progress.epoch, progress.validation_alpha) == (2, 0.5, 0.75)
+    assert progress.eta_s == pytest.approx((total - 2) * 5)
+    store.runs.add_point(run, RunPoint(total, 6.0, 1.0, 0.1, 1.0, None))
+    state = desk.learner.state()
+    assert (state.phase, state.progress.eta_s) == (Phase.JUDGING, None)
+
+
+def test_an_adapter_is_worn_from_the_next_request_on_and_a_bad_one_taken_back(classroom, store, monkeypatch):
+    pupils.steady_costs(monkeypatch)
+    desk = Desk(classroom, store, trained_here(classroom, store))
+    engine = classroom.engine(store, adaptation__revert_after_requests=6)
+    before = pupils.ask(engine, range(200, 202))
+    assert isinstance(desk.look(20), Started)
+    assert isinstance(desk.look(1), Ended)
+    after = pupils.ask(engine, range(202, 204))
+    assert [one.adapter for one in (*before, *after)] == [None, None, "a0001", "a0001"]
+    state = desk.learner.state()
+    assert (state.phase, state.promotions, state.reverts) == (Phase.WAITING, 1, 0)
+    assert state.last_outcome["status"] == "promoted"
+    pupils.add_adapter(classroom, store, "a0002", parent="a0001", confused=True)
+    pupils.ask(engine, range(300, 320))
+    store.adapters.promote("a0002", reason="a mistake")
+    worn = [one.adapter for one in pupils.ask(engine, range(320, 328))]
+    assert worn == ["a0002"] * 6 + ["a0001"] * 2
+    state = desk.learner.state()
+    assert (state.promotions, state.reverts) == (2, 1)
+
+
+def test_a_thread_looks_by_itself_and_a_run_is_stopped_with_the_service(classroom, store):
+    started, training = threading.Event(), FakeTraining()
+
+    def start(*_, **__):
+        started.set()
+        return training
+
+    desk = Desk(classroom, store, start)
+    desk.now_s += 20
+    desk.learner.start()
+    assert started.wait(60)
+    assert desk.learner.stop(0) is True
+    assert training.stopped.is_set()
+
+
+def begun_run(classroom, store) -> int:
+    """A run in the store that is under way."""
+
+    class Far(Exception):
+        pass
+
+    def gone(step):
+        raise Far
+
+    with pytest.raises(Far):
+        learn(classroom.school(store), pupils.Watched(gone), lambda: False)
+    run = store.runs.latest(classroom.pair).id
+    store.runs.reopen(run, after_step=-1)
+    return run
