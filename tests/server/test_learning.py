@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,8 @@ import pupils
 from draftloop.cli.train import outcome_figures
 from draftloop.learning.background import Ended, IdleLearner, Started
 from draftloop.learning.circle import learn
-from draftloop.server.learning import Learner, Phase
+from draftloop.loading import prepare
+from draftloop.server.learning import Learner, Phase, open_learner
 from draftloop.storage.records import RunPoint
 
 pytest.importorskip("torch")
@@ -74,6 +76,34 @@ def test_who_does_not_learn_says_why_and_counts_what_others_promote(classroom, s
     assert (state.phase, state.enabled, state.why_off) == (Phase.OFF, False, "serve --no-learn")
     assert (state.promotions, state.reverts) == (1, 0)
     assert learner.stop(0) is True
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "why"),
+    [
+        ({"wanted": False}, {}, "serve --no-learn"),
+        ({}, {"adaptation__auto_train": "false"}, "adaptation.auto_train is false"),
+        ({}, {"storage__collect": "false"}, "nothing is stored (storage.collect)"),
+        ({"with_draft": False}, {}, "no draft answers"),
+    ],
+)
+def test_it_can_be_switched_off(classroom, store, options, changes, why):
+    config = classroom.config(**{"adaptation__auto_train": "auto", **changes})
+    state = open_learner(config, store, prepare(config).plan, [], **options).state()
+    assert (state.enabled, state.why_off) == (False, why)
+
+
+def test_it_is_off_where_answering_and_training_do_not_fit_together(classroom, store):
+    config = classroom.config(adaptation__auto_train="auto")
+    plan = prepare(config).plan
+    both = replace(plan, available_bytes=plan.generation_bytes + plan.training_bytes)
+    assert open_learner(config, store, both, []).state().enabled
+    tight = replace(both, available_bytes=both.available_bytes - 1)
+    tight.check_generation()
+    tight.check_training()
+    state = open_learner(config, store, tight, []).state()
+    assert not state.enabled
+    assert "generating and training at once needs" in state.why_off
 
 
 def test_it_tells_how_far_a_run_is(classroom, store):

@@ -105,8 +105,8 @@ def open_learner(
     plan: MemoryPlan,
     arguments: Sequence[str],
     *,
-    with_draft: bool,
-    wanted: bool,
+    with_draft: bool = True,
+    wanted: bool = True,
 ) -> Learner:
     """Learning for one service, where it is wanted and the settings, the backend and the memory allow it.
 
