@@ -180,7 +180,10 @@ def load_prepared(
     if store is not None and config.storage.collect:
         name = None if vocabulary is None else vocabulary.name
         recorder = Recorder(store, pair, config.adaptation.revert_after_requests, name)
-    schedule = _schedule(config, prepared, models, vocabulary)
+    answering = Answering(directory) if store is not None else nullcontext
+    with answering():
+        # A training in the background would be measured with it.
+        schedule = _schedule(config, prepared, models, vocabulary)
     engine = Engine(
         backend,
         models,
@@ -191,7 +194,7 @@ def load_prepared(
         prefixes=PrefixCache(MEGABYTE * config.memory.prefix_cache_megabytes),
         schedule=schedule,
         suffixes=_suffixes(config, store if recorder else None),
-        answering=Answering(directory) if store is not None else nullcontext,
+        answering=answering,
     )
     if store is not None and adapter not in (ACTIVE, NONE):
         engine.wear(load_deployed(store, directory, adapter))
