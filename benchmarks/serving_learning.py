@@ -211,6 +211,9 @@ def measure(lab: Lab, arguments: argparse.Namespace) -> dict[str, Any]:
             (training if trains else idle).append(lab.asked(arguments, training=trains))
         alone.append(lab.alone(3.0))
         print(f"{number + 1}/{arguments.pairs}", file=sys.stderr)
+        for name, block in (("idle", idle[-1]), ("training", training[-1])):
+            first = " ".join(f"{seconds:.2f}" for seconds in block.first_token_s)
+            print(f"  {name}: first tokens after {first} s", file=sys.stderr)
     without, beside = figures(idle), figures(training)
     medians = [
         statistics.median(b.first_token_s) / statistics.median(a.first_token_s)
@@ -258,6 +261,8 @@ def main() -> None:
     parser.add_argument("--unannounced", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    # Whoever ends this process shall not leave the other one behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as folder:
         toys = toy_settings(Path(folder) / "models") if arguments.toys else []
         changes = [f"storage.directory={folder}/data", *ENDLESS, *toys, *arguments.set]

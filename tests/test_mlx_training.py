@@ -259,3 +259,13 @@ def test_other_errors_are_not_told_as_memory(backend, toy_folder, monkeypatch):
     monkeypatch.setattr(mx, "eval", refusing("[matmul] Last dimension of first input must match"))
     with pytest.raises(RuntimeError, match="matmul"):
         trainer.step([[example(20, 10)]], 1e-3)
+
+
+def test_a_step_pauses_between_layers(backend, toy_folder):
+    folder, pauses = toy_folder(num_layers=3), []
+    plan = replace(PLAN, pause=lambda: pauses.append(1))
+    trainer = backend.new_trainer(folder, lora_of(folder), plan)
+    trainer.step([[example(24, 10), example(20, 8)]], 1e-4)
+    assert len(pauses) == 2 * 3
+    trainer.replay([example(24, 10)])
+    assert len(pauses) == 2 * 3 + 1

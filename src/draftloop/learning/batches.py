@@ -72,16 +72,16 @@ def plan_batches(
     return steps
 
 
-def planned_steps(failures: Sequence[int], replay: Sequence[int], settings: TrainingSettings) -> list[Step]:
+def planned_steps(failures: Sequence[int], replay: Sequence[int], training: TrainingSettings) -> list[Step]:
     """`plan_batches` as `training.*` has it."""
     return plan_batches(
         failures,
         replay,
-        batch_size=settings.batch_size,
-        accumulation_steps=settings.gradient_accumulation_steps,
-        num_epochs=settings.num_epochs,
-        replay_ratio=settings.replay_ratio,
-        seed=settings.seed,
+        batch_size=training.batch_size,
+        accumulation_steps=training.gradient_accumulation_steps,
+        num_epochs=training.num_epochs,
+        replay_ratio=training.replay_ratio,
+        seed=training.seed,
     )
 
 

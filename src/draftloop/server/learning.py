@@ -268,7 +268,7 @@ class Learner:
         promotions = reverts = 0
         before: str | None = None
         for change in self._store.adapters.history(self._pair):
-            ancestors = {None}
+            ancestors: set[str | None] = {None}
             while before is not None:
                 before = parents.get(before)
                 ancestors.add(before)

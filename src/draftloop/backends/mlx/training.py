@@ -139,13 +139,22 @@ class MlxTrainer:
         gradients = {key: mx.zeros_like(weight) for key, weight in self._weights.items()}
         loss = 0.0
         for example in examples:
-            self._settings.pause()
             differentiate = mx.value_and_grad(partial(self._surrogate, example))
             (_, total), more = differentiate(self._weights)
             gradients = {key: gradient + more[key] / rows for key, gradient in gradients.items()}
-            mx.eval(total, gradients)
+            self._evaluate(total, gradients)
             loss += float(total) / rows
         return loss, gradients
+
+    def _evaluate(self, total: mx.array, gradients: Weights) -> None:
+        """One layer after the other, as the backward pass reaches them, with a pause before each."""
+        # The loss belongs to the first: what it is summed from would be kept until it is there.
+        wanted = [total]
+        for i in reversed(range(self._architecture.num_layers)):
+            wanted += [gradients[key] for key in gradients if key.startswith(f"model.layers.{i}.")]
+            self._settings.pause()
+            mx.eval(wanted)
+            wanted = []
 
     def _surrogate(self, example: Example, weights: Weights) -> tuple[mx.array, mx.array]:
         """Something with the gradient of the example's summed loss, and that loss.
