@@ -281,7 +281,7 @@ def test_the_calibration_follows_the_machines_mood(costs):
 def test_drafts_are_timed_as_the_calibration_drafted(monkeypatch):
     """Sampled steps cost more than greedy ones; that is no mood of the machine's."""
 
-    def proposals(draft, k, times, *, rules=GREEDY):
+    def proposals(draft, k, times, *, rules=GREEDY, clock):
         return [k * (0.01 if rules.sampling.greedy else 0.02)] * times
 
     monkeypatch.setattr("draftloop.learning.forms.time_proposals", proposals)
