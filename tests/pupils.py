@@ -123,20 +123,20 @@ class Elsewhere(Classroom):
 
 def ask(engine: Engine, seeds: Iterable[int], *, domain: str = DOMAIN, temperature: float = 1.0) -> list[Any]:
     """One stored answer for each seed, which makes its prompt; the completions."""
-    return [
-        engine.complete(
-            Request(
-                prompt_tokens=np.random.default_rng(seed).integers(0, 200, 8).tolist(),
-                sampling=Sampling(temperature=temperature),
-                max_tokens=20,
-                min_tokens=20,
-                num_draft_tokens=3,
-                seed=seed,
-                provenance=Provenance(domain, "collect"),
-            )
-        )
-        for seed in seeds
-    ]
+    return [engine.complete(question(seed, domain=domain, temperature=temperature)) for seed in seeds]
+
+
+def question(seed: int, *, domain: str = DOMAIN, temperature: float = 1.0) -> Request:
+    """A request whose answer is stored."""
+    return Request(
+        prompt_tokens=np.random.default_rng(seed).integers(0, 200, 8).tolist(),
+        sampling=Sampling(temperature=temperature),
+        max_tokens=20,
+        min_tokens=20,
+        num_draft_tokens=3,
+        seed=seed,
+        provenance=Provenance(domain, "collect"),
+    )
 
 
 def write_pupil(folder: Path, **options: Any) -> None:

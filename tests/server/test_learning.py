@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from draftloop.learning.background import Ended, IdleLearner, Started
 from draftloop.learning.circle import learn
 from draftloop.loading import prepare
 from draftloop.server.learning import Learner, Phase, open_learner
+from draftloop.server.tickets import Job
+from draftloop.server.worker import Worker
 from draftloop.storage.records import RunPoint
 
 pytest.importorskip("torch")
@@ -34,9 +37,6 @@ class FakeTraining:
 
     def stop(self) -> None:
         self.stopped.set()
-
-    def wait(self, timeout_s):
-        return self.outcome is not None or self.stopped.is_set()
 
 
 class Desk:
@@ -65,7 +65,7 @@ def trained_here(classroom, store):
 
 
 def test_who_does_not_learn_says_why_and_counts_what_others_promote(classroom, store):
-    learner = Learner(store, classroom.pair, None, why_off="serve --no-learn")
+    learner = Learner(store, classroom.pair, None, why_off="it is off")
     learner.start()
     learner.began()
     learner.ended()
@@ -73,15 +73,14 @@ def test_who_does_not_learn_says_why_and_counts_what_others_promote(classroom, s
     pupils.add_adapter(classroom, store, "a0001")
     store.adapters.promote("a0001", reason="by hand")
     state = learner.state()
-    assert (state.phase, state.enabled, state.why_off) == (Phase.OFF, False, "serve --no-learn")
+    assert (state.phase, state.enabled, state.why_off) == (Phase.OFF, False, "it is off")
     assert (state.promotions, state.reverts) == (1, 0)
-    assert learner.stop(0) is True
+    assert learner.stop() is False
 
 
 @pytest.mark.parametrize(
     ("options", "changes", "why"),
     [
-        ({"wanted": False}, {}, "serve --no-learn"),
         ({}, {"adaptation__auto_train": "false"}, "adaptation.auto_train is false"),
         ({}, {"storage__collect": "false"}, "nothing is stored (storage.collect)"),
         ({"with_draft": False}, {}, "no draft answers"),
@@ -130,25 +129,80 @@ def test_it_tells_how_far_a_run_is(classroom, store):
     assert (state.phase, state.progress.eta_s) == (Phase.JUDGING, None)
 
 
-def test_an_adapter_is_worn_from_the_next_request_on_and_a_bad_one_taken_back(classroom, store, monkeypatch):
+class Bell:
+    """Stands between worker and learner, and rings when nobody is answered any more."""
+
+    def __init__(self, learner) -> None:
+        self.quiet = threading.Event()
+        self._learner = learner
+
+    def began(self) -> None:
+        self._learner.began()
+
+    def ended(self) -> None:
+        self._learner.ended()
+        self.quiet.set()
+
+
+@pytest.fixture
+def serve(classroom, store):
+    """`serve(learner, **changes)`: a worker that answers. It gives `ask(seeds)`: who answered each one."""
+    workers = []
+
+    def make(learner, **changes):
+        engine, bell = classroom.engine(store, **changes), Bell(learner)
+        worker = Worker(engine, max_queued_requests=100, request_timeout_s=60, learner=bell)
+        worker.start()
+        workers.append(worker)
+
+        async def one(seed):
+            *_, completion = [event async for event in worker.submit(Job(pupils.question(seed), "somebody"))]
+            return completion.adapter
+
+        async def every(seeds):
+            return await asyncio.gather(*map(one, seeds))
+
+        def ask(seeds):
+            bell.quiet.clear()
+            worn = asyncio.run(every(seeds))
+            assert bell.quiet.wait(60)
+            return worn
+
+        return ask
+
+    yield make
+    for worker in workers:
+        assert worker.stop(60)
+
+
+def test_a_promoted_adapter_is_worn_from_the_next_request_on_and_a_bad_one_taken_back(
+    classroom, store, serve, monkeypatch
+):
     pupils.steady_costs(monkeypatch)
     desk = Desk(classroom, store, trained_here(classroom, store))
-    engine = classroom.engine(store, adaptation__revert_after_requests=6)
-    before = pupils.ask(engine, range(200, 202))
+    ask = serve(desk.learner, adaptation__revert_after_requests=6)
+    assert ask(range(200, 203)) == [None] * 3
     assert isinstance(desk.look(20), Started)
     assert isinstance(desk.look(1), Ended)
-    after = pupils.ask(engine, range(202, 204))
-    assert [one.adapter for one in (*before, *after)] == [None, None, "a0001", "a0001"]
+    assert ask(range(300, 320)) == ["a0001"] * 20
     state = desk.learner.state()
     assert (state.phase, state.promotions, state.reverts) == (Phase.WAITING, 1, 0)
     assert state.last_outcome["status"] == "promoted"
     pupils.add_adapter(classroom, store, "a0002", parent="a0001", confused=True)
-    pupils.ask(engine, range(300, 320))
     store.adapters.promote("a0002", reason="a mistake")
-    worn = [one.adapter for one in pupils.ask(engine, range(320, 328))]
-    assert worn == ["a0002"] * 6 + ["a0001"] * 2
+    assert ask(range(320, 328)) == ["a0002"] * 6 + ["a0001"] * 2
     state = desk.learner.state()
     assert (state.promotions, state.reverts) == (2, 1)
+
+
+def test_requests_hold_learning_back(classroom, store, serve):
+    """The worker tells: twenty idle seconds count from the last answer."""
+    desk = Desk(classroom, store, lambda *_, **__: FakeTraining())
+    ask = serve(desk.learner)
+    assert desk.look(19) is None
+    ask(range(3))
+    assert desk.look(19) is None
+    assert isinstance(desk.look(1), Started)
 
 
 def test_a_thread_looks_by_itself_and_a_run_is_stopped_with_the_service(classroom, store):
@@ -162,7 +216,7 @@ def test_a_thread_looks_by_itself_and_a_run_is_stopped_with_the_service(classroo
     desk.now_s += 20
     desk.learner.start()
     assert started.wait(60)
-    assert desk.learner.stop(0) is True
+    assert desk.learner.stop() is True
     assert training.stopped.is_set()
 
 

@@ -221,11 +221,6 @@ class IdleLearner:
                 self._training.stop()
             return running
 
-    def wait(self, timeout_s: float) -> bool:
-        """Whether no run of ours is left within that time."""
-        training = self._training
-        return training is None or training.wait(timeout_s)
-
     def _is_due(self) -> bool:
         """Whether it is time to look if enough failures wait."""
         if self._looked_since_idle:

@@ -40,8 +40,12 @@ def create_app(service: Service) -> FastAPI:
 async def _life(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
     service.worker.start()
+    if service.learner is not None:
+        service.learner.start()
     try:
         yield
     finally:
+        if service.learner is not None:
+            await asyncio.to_thread(service.learner.stop)
         # Who streams has been waited for; what is left has had its time.
         await asyncio.to_thread(service.worker.stop, service.config.server.shutdown_timeout_s)

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.5
 """Seconds between two looks at whether it is time to learn."""
-STOPPING_S = 60.0
-"""How long a run that was told to stop may take to write its checkpoint."""
 
 logger = logging.getLogger(__name__)
 
@@ -100,15 +98,9 @@ class LearningState:
 
 
 def open_learner(
-    config: Config,
-    store: Store,
-    plan: MemoryPlan,
-    arguments: Sequence[str],
-    *,
-    with_draft: bool = True,
-    wanted: bool = True,
+    config: Config, store: Store, plan: MemoryPlan, arguments: Sequence[str], *, with_draft: bool = True
 ) -> Learner:
-    """Learning for one service, where it is wanted and the settings, the backend and the memory allow it.
+    """Learning for one service, where the settings, the backend and the memory allow it.
 
     Args:
         config: the settings.
@@ -116,9 +108,8 @@ def open_learner(
         plan: of the pair, made before it was loaded.
         arguments: global options for the process that trains.
         with_draft: whether a draft answers.
-        wanted: false where the command said no.
     """
-    why_off = why_not(config, with_draft=with_draft) if wanted else "serve --no-learn"
+    why_off = why_not(config, with_draft=with_draft)
     if why_off is None:
         try:
             plan.check_combined()
@@ -183,19 +174,15 @@ class Learner:
             self._thread = threading.Thread(target=self._look_again, name="learning", daemon=True)
             self._thread.start()
 
-    def stop(self, timeout_s: float = STOPPING_S) -> bool:
-        """Begin no more. A run stops after its current step, with a checkpoint; the next service resumes it.
+    def stop(self) -> bool:
+        """Begin no more; whether a run was under way.
 
-        Returns:
-            Whether it has ended within that time.
+        It stops after its current step, with a checkpoint; the next service resumes it. Nobody waits for it.
         """
         self._over.set()
-        if self._idle is None:
-            return True
         if self._thread is not None:
             self._thread.join()
-        self._idle.leave()
-        return self._idle.wait(timeout_s)
+        return self._idle is not None and self._idle.leave()
 
     def began(self) -> None:
         """Somebody is being answered."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from draftloop.config import Config
     from draftloop.engine import Engine
     from draftloop.models.tokenizer import Tokenizer
-    from draftloop.server.worker import Attendant
+    from draftloop.server.learning import Learner
     from draftloop.storage.store import Store
 
 
@@ -30,6 +30,7 @@ class Service:
         worker: owns the models.
         store: where answers are kept; None where there is none.
         with_draft: False where the target answers alone.
+        learner: learns meanwhile; None where nothing is stored.
     """
 
     config: Config
@@ -37,6 +38,7 @@ class Service:
     worker: Worker
     store: Store | None = None
     with_draft: bool = True
+    learner: Learner | None = None
 
     @property
     def model(self) -> str:
@@ -54,7 +56,7 @@ def open_service(
     engine: Engine,
     store: Store | None = None,
     *,
-    learner: Attendant | None = None,
+    learner: Learner | None = None,
     with_draft: bool = True,
 ) -> Service:
     """Put a loaded engine behind a worker, as the settings have it. From now on it is the worker's."""
@@ -64,7 +66,7 @@ def open_service(
         request_timeout_s=config.server.request_timeout_s,
         learner=learner,
     )
-    return Service(config, engine.tokenizer, worker, store, with_draft)
+    return Service(config, engine.tokenizer, worker, store, with_draft, learner)
 
 
 def get_service(request: Request) -> Service:
