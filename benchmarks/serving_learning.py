@@ -8,8 +8,10 @@ the tokens a second, and how much of its processor time the training keeps while
     python benchmarks/serving_learning.py [--config FILE] [--toys] [--pairs 5] [--requests 8]
         [--prompt-tokens 200] [--max-tokens 24] [--pause-s 0.5] [--unannounced] [--set KEY=VALUE] [--json]
 
-Requests have prompts of random ids, none like another; `--pause-s` lies between two of them. `--unannounced`
-does not tell the training that somebody answers: lowest priority alone. `--toys` tries the script itself.
+Requests have prompts of random ids, none like another; about `--pause-s` lies between two of them. One that
+other programs took more than a tenth of a processor from until its first token is left out, and counted.
+`--unannounced` does not tell the training that somebody answers: lowest priority alone. `--toys` tries the
+script itself.
 """
 
 from __future__ import annotations
@@ -45,6 +47,10 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 STORED = 40
 """Requests to learn from."""
 LONGEST_START_S = 300.0
+DISTURBED = 0.1
+"""Of a processor: what other programs may take."""
+CLOCK_S = 0.05
+"""And this: the system counts in hundredths of a second, process by process."""
 ENDLESS = (
     "training.num_epochs=100000",
     "training.min_failure_cases=1",
@@ -68,6 +74,7 @@ class Block:
     first_token_s: list[float] = field(default_factory=list)
     tokens_per_s: list[float] = field(default_factory=list)
     processor_share: float = 0.0
+    disturbed: int = 0
 
 
 @dataclass(slots=True)
@@ -77,30 +84,38 @@ class Lab:
     config: Config
     engine: Engine
     process: psutil.Process
+    here: psutil.Process
     random: np.random.Generator
 
     def asked(self, arguments: argparse.Namespace, *, training: bool) -> Block:
         """Ask some requests one after the other, with pauses, while the process trains or is stopped."""
         self.process.send_signal(signal.SIGCONT if training else signal.SIGSTOP)
-        block, used_s, began_s = Block(), self.processor_s(), time.perf_counter()
+        block, before_s, began_s = Block(), self.processor_s(), time.perf_counter()
         for _ in range(arguments.requests):
             # A moment of its own within the training's step.
             time.sleep(arguments.pause_s * self.random.uniform(0.5, 1.5))
             self._ask(arguments, block)
-        block.processor_share = (self.processor_s() - used_s) / (time.perf_counter() - began_s)
+        block.processor_share = (self.processor_s() - before_s) / (time.perf_counter() - began_s)
         return block
 
     def alone(self, seconds: float) -> float:
         """Processor seconds a second of the training while nobody asks."""
         self.process.send_signal(signal.SIGCONT)
-        used_s, began_s = self.processor_s(), time.perf_counter()
+        before_s, began_s = self.processor_s(), time.perf_counter()
         time.sleep(seconds)
-        return (self.processor_s() - used_s) / (time.perf_counter() - began_s)
+        return (self.processor_s() - before_s) / (time.perf_counter() - began_s)
 
     def processor_s(self) -> float:
         """Used by the training so far."""
-        times = self.process.cpu_times()
-        return float(times.user + times.system)
+        return used_s(self.process)
+
+    def others_s(self) -> float:
+        """Processor seconds of all other programs so far."""
+        times = psutil.cpu_times()
+        idle_s = times.idle + getattr(times, "iowait", 0.0)
+        # Linux counts guests' time twice.
+        all_s = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+        return float(all_s - idle_s) - used_s(self.process) - used_s(self.here)
 
     def _ask(self, arguments: argparse.Namespace, block: Block) -> None:
         vocab_size = self.engine.tokenizer.vocab_size
@@ -112,14 +127,22 @@ class Lab:
             num_draft_tokens=self.config.speculative.num_draft_tokens,
             seed=0,
         )
-        began_s = time.perf_counter()
-        first_s = None
+        others_s, began_s = self.others_s(), time.perf_counter()
+        first_s, disturbed = 0.0, False
         for event in self.engine.stream(request):
-            if first_s is None and isinstance(event, RoundDone):
+            if not first_s and isinstance(event, RoundDone):
                 first_s = time.perf_counter() - began_s
-            if isinstance(event, Completion):
+                disturbed = self.others_s() - others_s > DISTURBED * first_s + CLOCK_S
+            if isinstance(event, Completion) and not disturbed:
+                block.first_token_s.append(first_s)
                 block.tokens_per_s.append(event.tokens_per_s or 0.0)
-        block.first_token_s.append(first_s or 0.0)
+        block.disturbed += disturbed
+
+
+def used_s(process: psutil.Process) -> float:
+    """Processor seconds of one program so far."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def fill(store: Store, config: Config, vocab_size: int) -> None:
@@ -189,10 +212,17 @@ def percentile95(values: list[float]) -> float:
 
 
 def figures(blocks: list[Block]) -> dict[str, float]:
-    """Of all requests in one state."""
+    """Of all requests in one state.
+
+    Raises:
+        SystemExit: none was undisturbed.
+    """
     first = [seconds for block in blocks for seconds in block.first_token_s]
+    if not first:
+        raise SystemExit("other programs disturbed every request")
     return {
         "requests": len(first),
+        "left_out": sum(block.disturbed for block in blocks),
         "first_token_s_median": statistics.median(first),
         "first_token_s_p95": percentile95(first),
         "first_token_s_most": max(first),
@@ -218,6 +248,7 @@ def measure(lab: Lab, arguments: argparse.Namespace) -> dict[str, Any]:
     medians = [
         statistics.median(b.first_token_s) / statistics.median(a.first_token_s)
         for a, b in zip(idle, training, strict=True)
+        if a.first_token_s and b.first_token_s
     ]
     return {
         "idle": without,
@@ -280,7 +311,7 @@ def main() -> None:
             process = psutil.Process(training.pid)
             try:
                 wait_for_steps(store, config, training)
-                lab = Lab(config, engine, process, np.random.default_rng(1))
+                lab = Lab(config, engine, process, psutil.Process(), np.random.default_rng(1))
                 result = measure(lab, arguments)
             finally:
                 process.kill()
