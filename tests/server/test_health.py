@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def test_the_application_is_ready_until_it_drains(engine: SteppedEngine) -> None:
     service = open_service(load_config().config, engine)
     engine.free()
-    with TestClient(create_app(service)) as client:
+    with TestClient(create_app(service), base_url="http://localhost") as client:
         assert client.get("/health").json() == {"status": "ok"}
         assert client.get("/ready").json() == {"status": "ready"}
         service.worker.drain()

@@ -25,6 +25,7 @@ from draftloop.cli import (
     generate,
     models,
     report,
+    serve,
     stats,
     train,
 )
@@ -89,6 +90,7 @@ def build_app() -> typer.Typer:
     app.command("collect")(collect.collect)
     app.command("evaluate")(evaluate.evaluate)
     app.command("benchmark")(benchmark.benchmark)
+    app.command("serve")(serve.serve)
     app.command("stats")(stats.stats)
     app.command("report")(report.report)
     app.command("train")(train.train)

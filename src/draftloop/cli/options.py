@@ -28,6 +28,8 @@ FLAG_KEYS: Mapping[str, str] = {
     "--top-k": "speculative.top_k",
     "--min-p": "speculative.min_p",
     "--num-draft-tokens": "speculative.num_draft_tokens",
+    "--host": "server.host",
+    "--port": "server.port",
 }
 """The setting that each flag overrides for one command."""
 
@@ -175,7 +177,7 @@ def global_arguments(context: typer.Context) -> list[str]:
     return [*files, *(word for override in given.overrides for word in ("--set", override))]
 
 
-def flags_given(context: typer.Context) -> dict[str, float]:
+def flags_given(context: typer.Context) -> dict[str, float | str]:
     """The flags of `FLAG_KEYS` that the command has and that were given (or have a default), by name."""
     values = {flag: context.params.get(flag.strip("-").replace("-", "_")) for flag in FLAG_KEYS}
     return {flag: value for flag, value in values.items() if value is not None}
@@ -248,7 +250,7 @@ def refuse_together(given: Mapping[str, Any], why: str) -> None:
         raise InputError(f"{names[0]} and {names[1]} contradict each other", remedy=why)
 
 
-def _naming_the_flag(error: ConfigError, given: Mapping[str, float]) -> ConfigError:
+def _naming_the_flag(error: ConfigError, given: Mapping[str, float | str]) -> ConfigError:
     for flag in given:
         if error.what.startswith(f"{FLAG_KEYS[flag]} = "):
             return ConfigError(error.what.replace("(--set)", f"({flag})", 1), remedy=error.remedy)

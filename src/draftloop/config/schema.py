@@ -193,9 +193,16 @@ class AdaptationSettings(Settings):
 class ServerSettings(Settings):
     """How `serve` is reached, and how much it bears."""
 
+    host: Name = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    api_key: Name | None = None
+    cors_origins: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     max_queued_requests: CountOrNone = 64
+    max_body_megabytes: Count = 8
     request_timeout_s: Seconds = 600.0
+    stall_timeout_s: Seconds = 60.0
     shutdown_timeout_s: Annotated[float, Field(ge=0)] = 60.0
+    log_prompts: bool = False
 
 
 class Config(Settings):

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from draftloop.server import health
+from draftloop.server.guards import add_guards
+from draftloop.server.metrics import metrics_router
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -33,6 +35,8 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.include_router(health.router)
+    app.include_router(metrics_router(service))
+    add_guards(app, service.config.server)
     return app
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from prometheus_client import Histogram
+
 from draftloop.speculation.metrics import Tally, tokens_per_second
 
 if TYPE_CHECKING:
@@ -47,7 +49,8 @@ class Counts:
         prompt_tokens, cached_tokens: of completed answers; cached ones were not read again.
         total: all rounds, of cancelled answers too.
         recent: the newest `RECENT_ROUNDS`.
-        drafted_per_round: of those, how many rounds drafted 0, 1, … tokens by the model.
+        drafted_per_round: of those, how many rounds drafted 0, 1, … tokens by the model (K).
+        all_drafted_per_round: the same of all rounds.
         tokens_per_s: of the newest rounds; None before the first.
         last_tokens_per_s: of the newest completed answer.
         mean_tokens_per_s: of all completed answers.
@@ -60,28 +63,63 @@ class Counts:
     total: Tally
     recent: Tally
     drafted_per_round: Mapping[int, int]
+    all_drafted_per_round: Mapping[int, int]
     tokens_per_s: float | None
     last_tokens_per_s: float | None
     mean_tokens_per_s: float | None
     mean_answer_s: float | None
 
 
+FIRST_TOKEN_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
+BETWEEN_TOKENS_BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2)
+
+
 class Figures:
-    """Counters. `round_done`, `completed` and `ended` are called as things happen."""
+    """Counters. `round_done`, `completed` and `ended` are called as things happen.
+
+    Attributes:
+        first_token_s: from a request's arrival to its first round's end.
+        between_tokens_s: between two tokens; those of one round share its time evenly.
+    """
 
     def __init__(self) -> None:
+        self.first_token_s = Histogram(
+            "draftloop_time_to_first_token_seconds",
+            "From a request's arrival, its wait included, to its first tokens.",
+            buckets=FIRST_TOKEN_BUCKETS_S,
+            registry=None,
+        )
+        self.between_tokens_s = Histogram(
+            "draftloop_time_between_tokens_seconds",
+            "Between two tokens of an answer; those of one round share its time evenly.",
+            buckets=BETWEEN_TOKENS_BUCKETS_S,
+            registry=None,
+        )
         self._lock = threading.Lock()
         self._requests: Counter[Outcome] = Counter()
         self._total = Tally()
+        self._drafted: Counter[int] = Counter()
         self._recent: deque[Round] = deque(maxlen=RECENT_ROUNDS)
         self._prompt_tokens = self._cached_tokens = self._answers = self._answer_tokens = 0
         self._prompt_s = self._decode_s = 0.0
         self._last_tokens_per_s: float | None = None
 
-    def round_done(self, outcome: Round) -> None:
-        """One round of any answer."""
+    def round_done(self, outcome: Round, waited_s: float, *, first: bool) -> None:
+        """One round of any answer.
+
+        Args:
+            outcome: the round.
+            waited_s: since the request's arrival where it is its first, else since the one before.
+            first: whether it is.
+        """
+        if first:
+            self.first_token_s.observe(waited_s)
+        else:
+            for _ in outcome.tokens:
+                self.between_tokens_s.observe(waited_s / len(outcome.tokens))
         with self._lock:
             self._total.add(outcome)
+            self._drafted[outcome.drafted_tokens] += 1
             self._recent.append(replace(outcome, trace=None))
 
     def completed(self, completion: Completion) -> None:
@@ -116,6 +154,7 @@ class Figures:
                 total=replace(self._total),
                 recent=recent,
                 drafted_per_round=dict(sorted(Counter(one.drafted_tokens for one in rounds).items())),
+                all_drafted_per_round=dict(sorted(self._drafted.items())),
                 tokens_per_s=tokens_per_second(recent.completion_tokens, seconds),
                 last_tokens_per_s=self._last_tokens_per_s,
                 mean_tokens_per_s=tokens_per_second(self._answer_tokens, self._decode_s),

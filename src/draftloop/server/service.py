@@ -65,6 +65,7 @@ def open_service(
         max_queued_requests=config.server.max_queued_requests,
         request_timeout_s=config.server.request_timeout_s,
         learner=learner,
+        log_prompts=config.server.log_prompts,
     )
     return Service(config, engine.tokenizer, worker, store, with_draft, learner)
 

@@ -16,9 +16,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from draftloop.answers import Completion
+from draftloop.answers import Completion, RoundDone
 from draftloop.errors import DraftloopError, InputError
 from draftloop.server.figures import Counts, Figures, Outcome
+from draftloop.server.logs import where_raised
 from draftloop.server.queue import FairQueue
 from draftloop.server.tickets import AnswerFailed, Cancelled, QueueFull, ShuttingDown, Ticket, TimedOut
 
@@ -81,6 +82,8 @@ class _Active:
     ticket: Ticket
     conversation: Conversation
     events: Generator[Event, None, None]
+    token_s: float | None = None
+    """When the newest tokens came; None before the first."""
 
     @property
     def kv_bytes(self) -> int:
@@ -91,11 +94,15 @@ class _Active:
 class Worker:
     """Answers requests, one after another, in a thread of its own.
 
+    Attributes:
+        figures: what is counted.
+
     Args:
         engine: whose models; from `start` on it is this thread's.
         max_queued_requests: so many may wait beside those being answered.
         request_timeout_s: how long an answer may take, counted from its arrival.
         learner: told when the models are busy.
+        log_prompts: write prompts and answers to the log; else no text of either is in it.
         clock: seconds, growing.
     """
 
@@ -106,14 +113,16 @@ class Worker:
         max_queued_requests: int,
         request_timeout_s: float,
         learner: Attendant | None = None,
+        log_prompts: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._max_queued_requests = max_queued_requests
         self._request_timeout_s = request_timeout_s
         self._learner = learner
+        self._log_prompts = log_prompts
         self._clock = clock
-        self._figures = Figures()
+        self.figures = Figures()
         self._changed = threading.Condition()
         """Guards everything below, and wakes the thread."""
         self._queue = FairQueue()
@@ -140,12 +149,12 @@ class Worker:
         ticket = Ticket(job, arrived_s, arrived_s + self._request_timeout_s)
         with self._changed:
             if self._draining:
-                self._figures.ended(Outcome.SHUTTING_DOWN)
+                self.figures.ended(Outcome.SHUTTING_DOWN)
                 raise ShuttingDown
             if len(self._queue) >= self._room():
                 self._drop_from_queue(lambda one: one.cancelled, Cancelled(), Outcome.CANCELLED)
             if len(self._queue) >= self._room():
-                self._figures.ended(Outcome.QUEUE_FULL)
+                self.figures.ended(Outcome.QUEUE_FULL)
                 raise QueueFull(len(self._queue), self._retry_after_s())
             self._queue.put(ticket)
             self._changed.notify_all()
@@ -192,7 +201,7 @@ class Worker:
                 adapter=self._adapter,
                 kv_bytes=self._kv_bytes,
                 prefix_cache_bytes=self._prefix_cache_bytes,
-                counts=self._figures.counts(),
+                counts=self.figures.counts(),
             )
 
     def _room(self) -> int:
@@ -201,13 +210,13 @@ class Worker:
 
     def _retry_after_s(self) -> int:
         """A place is free when the next answer is done."""
-        return max(1, math.ceil(self._figures.counts().mean_answer_s or 1))
+        return max(1, math.ceil(self.figures.counts().mean_answer_s or 1))
 
     def _drop_from_queue(
         self, where: Callable[[Ticket], bool], error: DraftloopError, outcome: Outcome
     ) -> None:
         for ticket in self._queue.remove(where):
-            self._figures.ended(outcome)
+            self.figures.ended(outcome)
             ticket.deliver(error)
 
     def _run(self) -> None:
@@ -219,8 +228,8 @@ class Worker:
                 for answer in list(self._active):
                     self._advance(answer)
                 self._look_around()
-        except BaseException:
-            logger.exception("the models' thread ended")
+        except BaseException as error:
+            logger.error("the models' thread ended: %s", where_raised(error))
             raise
         finally:
             self._leave()
@@ -294,33 +303,47 @@ class Worker:
                 self._remove(answer)
                 self._fail(ticket, error)
                 return
-            if isinstance(event, Completion):
+            if isinstance(event, RoundDone):
+                self._count(answer, event)
+            elif isinstance(event, Completion):
                 self._remove(answer)
-                self._figures.completed(event)
+                self.figures.completed(event)
+                self._log_text(ticket, event)
             ticket.deliver(event)
+
+    def _count(self, answer: _Active, event: RoundDone) -> None:
+        now_s, first = self._clock(), answer.token_s is None
+        before_s = answer.ticket.arrived_s if answer.token_s is None else answer.token_s
+        self.figures.round_done(event.outcome, now_s - before_s, first=first)
+        answer.token_s = now_s
+
+    def _log_text(self, ticket: Ticket, completion: Completion) -> None:
+        if self._log_prompts:
+            prompt = self._engine.tokenizer.decode(ticket.job.request.prompt_tokens)
+            logger.info("prompt: %r; answer: %r", prompt, completion.text)
 
     def _break_off(self, answer: _Active, error: DraftloopError, outcome: Outcome) -> None:
         """Close a stream between two events: what was said is stored."""
         self._remove(answer)
-        self._figures.ended(outcome)
+        self.figures.ended(outcome)
         answer.ticket.deliver(error)
 
     def _remove(self, answer: _Active) -> None:
         """Give its place and its caches' memory back."""
         try:
             answer.events.close()
-        except Exception:
-            logger.exception("an answer did not end well")
+        except Exception as error:
+            logger.error("an answer did not end well: %s", where_raised(error))
         with self._changed:
             self._active.remove(answer)
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         if isinstance(error, DraftloopError):
-            self._figures.ended(Outcome.REFUSED if isinstance(error, InputError) else Outcome.FAILED)
+            self.figures.ended(Outcome.REFUSED if isinstance(error, InputError) else Outcome.FAILED)
             ticket.deliver(error)
             return
-        logger.error("an answer failed", exc_info=error)
-        self._figures.ended(Outcome.FAILED)
+        logger.error("an answer failed: %s", where_raised(error))
+        self.figures.ended(Outcome.FAILED)
         ticket.deliver(AnswerFailed(error))
 
     def _look_around(self) -> None:
