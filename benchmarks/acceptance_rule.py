@@ -25,7 +25,7 @@ from draftloop.cli.prompts import NO_TASK, by_task, limited, read_prompts
 from draftloop.config import load_config
 from draftloop.engine import Engine, Request
 from draftloop.loading import load_engine
-from draftloop.models.tokenizer import Message
+from draftloop.models.messages import Message
 from draftloop.speculation.metrics import expected_rounds, mean_alpha, tokens_per_round
 from draftloop.types import Sampling
 

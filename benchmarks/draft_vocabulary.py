@@ -24,7 +24,7 @@ from draftloop.cli.prompts import NO_TASK, by_task, limited, read_prompts
 from draftloop.config import load_config
 from draftloop.engine import Completion, Engine, Request
 from draftloop.loading import load_prepared, open_storage, prepare
-from draftloop.models.tokenizer import Message
+from draftloop.models.messages import Message
 from draftloop.speculation.metrics import Tally
 from draftloop.storage.store import DATABASE_NAME
 from draftloop.types import Rules, Sampling

@@ -33,8 +33,9 @@ from draftloop.cli.traffic import SYSTEM, quartermaster_prompts
 from draftloop.config.schema import LoraSettings, TrainingSettings
 from draftloop.learning.continuation import starting_point
 from draftloop.learning.training import TrainingJob, run_training
+from draftloop.models.messages import Message
 from draftloop.models.resolve import resolve
-from draftloop.models.tokenizer import Message, Tokenizer
+from draftloop.models.tokenizer import Tokenizer
 from draftloop.speculation.metrics import expected_acceptance_rate, expected_rounds
 from draftloop.types import TRACE_TOP_TOKENS, Rules, Sampling
 

@@ -20,7 +20,7 @@ from draftloop.config import load_config
 from draftloop.engine import Engine, Request
 from draftloop.learning.recorder import Provenance
 from draftloop.loading import load_prepared, open_storage, prepare
-from draftloop.models.tokenizer import Message
+from draftloop.models.messages import Message
 from draftloop.types import Sampling
 
 STEADY = ("speculative.schedule=fixed",)

@@ -13,7 +13,8 @@ from draftloop.engine import Completion, Engine, PromptProgress, Request, RoundD
 from draftloop.errors import ContextFull, InputError
 from draftloop.learning.deployment import Change, Deployed
 from draftloop.learning.recorder import Answered, Provenance
-from draftloop.models.tokenizer import Message, Tokenizer
+from draftloop.models.messages import Message
+from draftloop.models.tokenizer import Tokenizer
 from draftloop.speculation.round import decode
 from draftloop.speculation.stream import DecodeSettings, Pair, Stream, read_prompt
 from draftloop.types import FinishReason, Sampling

@@ -11,7 +11,8 @@ from draftloop.benchmarking.contenders import Job, Ours
 from draftloop.benchmarking.run import interleave
 from draftloop.engine import Completion, Engine, PromptProgress, Request
 from draftloop.learning.recorder import Provenance, Recorder
-from draftloop.models.tokenizer import Message, Tokenizer
+from draftloop.models.messages import Message
+from draftloop.models.tokenizer import Tokenizer
 from draftloop.speculation.costs import RoundCosts
 from draftloop.speculation.schedule import Schedule
 from draftloop.speculation.stream import Pair

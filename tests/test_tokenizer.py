@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draftloop.errors import InputError, ModelUnreadable, TokenizerMismatch
-from draftloop.models.tokenizer import Message, Tokenizer, check_tokenizers_agree
+from draftloop.models.messages import Message
+from draftloop.models.tokenizer import Tokenizer, check_tokenizers_agree
 from toy_tokenizers import CHAT_TEMPLATE, MERGES, SPECIALS, byte_fallback, byte_level, metaspace
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from draftloop.backends.numpy.backend import NumpyBackend
 from draftloop.engine import Completion, Engine, Request
 from draftloop.errors import StorageError
 from draftloop.learning.recorder import Provenance, Recorder, digest, domain_of, trace_rows
-from draftloop.models.tokenizer import Message, Tokenizer
+from draftloop.models.messages import Message
+from draftloop.models.tokenizer import Tokenizer
 from draftloop.speculation.round import Round
 from draftloop.speculation.stream import Pair
 from draftloop.storage.records import PairKey

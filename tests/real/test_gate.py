@@ -14,7 +14,7 @@ from draftloop.learning.circle import learn
 from draftloop.learning.recorder import Provenance
 from draftloop.learning.selection import select
 from draftloop.loading import load_prepared, open_school, open_storage, pair_of, prepare, prepare_draft
-from draftloop.models.tokenizer import Message
+from draftloop.models.messages import Message
 from draftloop.speculation.metrics import tokens_per_round
 from draftloop.types import Sampling
 from pupils import Watched

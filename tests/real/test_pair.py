@@ -11,8 +11,8 @@ from draftloop.backends.numpy.backend import NumpyBackend
 from draftloop.config import load_config
 from draftloop.engine import Completion, Engine, Request
 from draftloop.loading import load_engine
+from draftloop.models.messages import Message
 from draftloop.models.resolve import resolve
-from draftloop.models.tokenizer import Message
 from draftloop.types import Sampling
 
 from .prompts import COPYING, PROMPTS

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from draftloop.engine import Engine, Request
     from draftloop.learning.recorder import Provenance
     from draftloop.loading import Prepared
-    from draftloop.models.tokenizer import Message, Tokenizer
+    from draftloop.models.messages import Message
+    from draftloop.models.tokenizer import Tokenizer
     from draftloop.storage.store import Store
 
 ACTIVE_ADAPTER, NO_ADAPTER = "active", "none"
@@ -228,7 +229,7 @@ def request_for(
         ContextFull: it leaves no room for an answer; says which one it is.
     """
     from draftloop.learning.recorder import Provenance, domain_of
-    from draftloop.models.tokenizer import Message
+    from draftloop.models.messages import Message
     from draftloop.speculation.stream import check_fits
 
     system = "" if raw else system_of(asked, prompt)
@@ -252,6 +253,6 @@ def system_of(asked: AnswerOptions, prompt: Prompt) -> str:
 
 def framed(system: str, turns: Sequence[Message]) -> list[Message]:
     """The turns behind the system message, if there is one."""
-    from draftloop.models.tokenizer import Message
+    from draftloop.models.messages import Message
 
     return [*([Message("system", system)] if system else []), *turns]

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from draftloop.engine import Completion, Engine
     from draftloop.learning.recorder import Provenance
-    from draftloop.models.tokenizer import Message
+    from draftloop.models.messages import Message
     from draftloop.types import TokenKind
 
 HELP = """\
@@ -181,7 +181,7 @@ class ChatLoop:
             self._answer(options.check_text(text, "the message"))
 
     def _answer(self, text: str) -> None:
-        from draftloop.models.tokenizer import Message
+        from draftloop.models.messages import Message
 
         turns = [*self._turns, Message("user", text)]
         tokens = self._engine.tokenizer.chat_tokens(framed(self._system, turns))

@@ -12,11 +12,11 @@ import json
 import logging
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from draftloop.errors import InputError, ModelUnreadable, TokenizerMismatch
+from draftloop.models.messages import Message
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,19 +30,6 @@ _PROBE = (
 
 _MARK = "draftloop"
 """Content of the rendered assistant message from which the end-of-turn token is read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a chat.
-
-    Attributes:
-        role: `system`, `user` or `assistant`.
-        content: its text.
-    """
-
-    role: str
-    content: str
 
 
 class Tokenizer:
@@ -114,17 +101,26 @@ class Tokenizer:
         """The text of `token_ids`; special tokens and ids beyond the vocabulary have none."""
         return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
 
-    def chat_tokens(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation, framed by the model's chat template.
+    def chat_tokens(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Token ids of a conversation, framed by the model's chat template. From any thread.
 
-        With `add_generation_prompt` they end where the assistant's answer begins. A template may add a
-        system message of its own where none is given.
+        Args:
+            messages: its turns. A template may add a system message of its own where none is given.
+            tools: functions that may be called, as the OpenAI API describes them; a template that knows
+                nothing of tools leaves them out (`tool_calls.call_format_of` tells).
+            add_generation_prompt: end where the assistant's answer begins.
 
         Raises:
             ModelUnreadable: the model has no chat template, or a broken one.
             InputError: the template refuses these messages, for example a system message.
         """
-        return self.encode(self._render(messages, add_generation_prompt=add_generation_prompt))
+        return self.encode(self.chat_text(messages, tools=tools, add_generation_prompt=add_generation_prompt))
 
     def has_text(self, token_id: int) -> bool:
         """Whether `decode` looks at this token: it is known and not special."""
@@ -149,21 +145,42 @@ class Tokenizer:
                 break
         return _is_incomplete(tail)
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that a token stands for; of one that stands for no text, its name's."""
+        token: str | None = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._added_tokens:
+            return token.encode()
+        if "ByteLevel" in self._decoders:
+            return self._byte_level_bytes(token_id)
+        if "ByteFallback" in self._decoders and _is_byte_token(token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("▁", " ").encode()
+
+    def chat_text(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """What `chat_tokens` makes tokens of."""
         from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 
         if not self._tokenizer.chat_template:
             raise ModelUnreadable(
                 f"{self._name} has no chat template", remedy="Choose an instruct or chat model."
             )
-        turns = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            with _quiet():
-                return str(
-                    self._tokenizer.apply_chat_template(
-                        turns, tokenize=False, add_generation_prompt=add_generation_prompt
-                    )
+            return str(
+                self._tokenizer.apply_chat_template(
+                    [message.as_template_reads_it() for message in messages],
+                    tools=list(tools) or None,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
                 )
+            )
         except (TemplateSyntaxError, UndefinedError, ValueError, TypeError, KeyError) as error:
             raise ModelUnreadable(
                 f"the chat template of {self._name} is broken: {_first_line(error)}",
@@ -181,7 +198,7 @@ class Tokenizer:
         if not self._tokenizer.chat_template:
             return frozenset()
         try:
-            text = self._render(
+            text = self.chat_text(
                 [Message("user", "?"), Message("assistant", _MARK)], add_generation_prompt=False
             )
         except InputError:
