@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, cast
 
 from fastapi import Request  # noqa: TC002  # FastAPI reads annotations when it runs
 
+from draftloop.models.tool_calls import call_format_of
 from draftloop.server.worker import Worker
 
 if TYPE_CHECKING:
     from draftloop.config import Config
     from draftloop.engine import Engine
     from draftloop.models.tokenizer import Tokenizer
+    from draftloop.models.tool_calls import CallFormat
     from draftloop.server.learning import Learner
     from draftloop.storage.store import Store
 
@@ -28,6 +30,8 @@ class Service:
         config: the settings; `storage.collect` is false where nothing is stored.
         tokenizer: of the pair. It is read by any thread.
         worker: owns the models.
+        vocab_size: the target's: token ids end before it.
+        call_format: how the model writes calls of tools; None where it knows none.
         store: where answers are kept; None where there is none.
         with_draft: False where the target answers alone.
         learner: learns meanwhile; None where nothing is stored.
@@ -36,6 +40,8 @@ class Service:
     config: Config
     tokenizer: Tokenizer
     worker: Worker
+    vocab_size: int
+    call_format: CallFormat | None = None
     store: Store | None = None
     with_draft: bool = True
     learner: Learner | None = None
@@ -67,7 +73,16 @@ def open_service(
         learner=learner,
         log_prompts=config.server.log_prompts,
     )
-    return Service(config, engine.tokenizer, worker, store, with_draft, learner)
+    return Service(
+        config=config,
+        tokenizer=engine.tokenizer,
+        worker=worker,
+        vocab_size=engine.pair.target.architecture.vocab_size,
+        call_format=call_format_of(engine.tokenizer),
+        store=store,
+        with_draft=with_draft,
+        learner=learner,
+    )
 
 
 def get_service(request: Request) -> Service:

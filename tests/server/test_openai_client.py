@@ -1,0 +1,273 @@
+"""The `openai` package against a real server with toys behind it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import openai
+import pytest
+from asking import ask, chat_body
+from serving import toy_server
+
+from toy_tokenizers import TOOL_TEMPLATE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+HELLO = [{"role": "user", "content": "Hello"}]
+FEW_TOKENS = 24
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["ann", "bob"]}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "greet", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "leave"}},
+]
+
+
+@pytest.fixture(scope="module")
+def folders(
+    toy_pair: Callable[..., tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A pair whose target has a chat template that knows tools."""
+    folders = toy_pair(noise=0.05, seed=3, max_position_tokens=2048)
+    path = folders[0] / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**settings, "chat_template": TOOL_TEMPLATE}), encoding="utf-8")
+    return folders
+
+
+@pytest.fixture(scope="module")
+def address(folders: tuple[Path, Path]) -> Iterator[str]:
+    with toy_server(folders, generation={"max_tokens": FEW_TOKENS}) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def chat(client: openai.OpenAI) -> Callable[..., Any]:
+    """`chat(**fields)`: the client's answer, extensions included."""
+
+    def call(**fields: Any) -> Any:
+        return client.chat.completions.create(**{"model": "draftloop", "messages": HELLO, **fields})
+
+    return call
+
+
+def test_models(client: openai.OpenAI, folders: tuple[Path, Path]) -> None:
+    target = str(folders[0])
+    assert [model.id for model in client.models.list()] == [target, "draftloop"]
+    assert client.models.retrieve("draftloop").object == "model"
+    assert ask(str(client.base_url), f"/v1/models/{target}").json["id"] == target
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("nobody")
+    assert caught.value.code == "model_not_found"
+
+
+def test_a_chat_answers_and_says_what_it_took(chat: Callable[..., Any]) -> None:
+    answer = chat(temperature=0)
+    usage = answer.usage
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == "length"
+    assert usage.completion_tokens == FEW_TOKENS
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    figures = usage.draftloop
+    assert figures["accepted_tokens"] <= figures["drafted_tokens"]
+    assert figures["tau"] == usage.completion_tokens / figures["rounds"]
+    assert figures["tau"] > 1
+    again = chat(temperature=0).usage
+    assert again.prompt_tokens_details.cached_tokens == usage.prompt_tokens - 1
+
+
+def streamed(chunks: Any) -> tuple[str, str, list[Any]]:
+    """Text, finish reason and logprobs of a stream."""
+    text, reason, logprobs = "", "", []
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        text += choice.delta.content or ""
+        reason = choice.finish_reason or reason
+        logprobs += choice.logprobs.content if choice.logprobs else []
+    return text, reason, logprobs
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_same_seed_gives_the_same_answer_streamed_or_not(chat: Callable[..., Any], seed: int) -> None:
+    fields: dict[str, Any] = {"seed": seed, "temperature": 1.0, "logprobs": True, "top_logprobs": 3}
+    whole = chat(**fields).choices[0]
+    told = (whole.message.content, whole.finish_reason, whole.logprobs.content)
+    assert streamed(chat(**fields, stream=True)) == told
+    assert chat(**fields).choices[0] == whole
+    assert streamed(chat(seed=seed, temperature=1.0, stream=True))[:2] == told[:2]
+    text = whole.message.content
+    for stop in {text[start : start + 2] for start in range(3, len(text) - 2, 5)}:
+        cut = chat(**fields, stop=stop).choices[0]
+        assert cut.message.content == text[: text.index(stop)]
+        assert cut.finish_reason == "stop"
+        expected = (cut.message.content, "stop", cut.logprobs.content)
+        assert streamed(chat(**fields, stop=[stop], stream=True)) == expected
+
+
+def test_another_seed_gives_another_answer(chat: Callable[..., Any]) -> None:
+    texts = {chat(seed=seed, temperature=1.5).choices[0].message.content for seed in (1, 2, -1)}
+    assert len(texts) == 3
+
+
+def test_logprobs_are_the_targets_own_at_temperature_1(chat: Callable[..., Any]) -> None:
+    for temperature in (0, 1.3):
+        content = (
+            chat(temperature=temperature, seed=1, logprobs=True, top_logprobs=20).choices[0].logprobs.content
+        )
+        for position in content:
+            top = [one.logprob for one in position.top_logprobs]
+            assert top == sorted(top, reverse=True)
+            assert len(top) == 20
+            assert 0.2 < np.exp(top).sum() <= 1 + 1e-5
+            assert position.logprob <= top[0]
+            if temperature == 0:
+                assert position.logprob == top[0]
+    plain = chat(temperature=0, logprobs=True).choices[0].logprobs.content
+    assert [position.top_logprobs for position in plain] == [[]] * len(plain)
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {
+        "model": "draftloop",
+        "prompt": "the",
+        "seed": 5,
+        "logprobs": 2,
+        "temperature": 1,
+    }
+    whole = client.completions.create(**fields).choices[0]
+    assert len(whole.logprobs.tokens) == FEW_TOKENS
+    assert whole.logprobs.text_offset[0] == 0
+    assert all(2 <= len(top) <= 3 for top in whole.logprobs.top_logprobs)
+    told = zip(whole.logprobs.tokens, whole.logprobs.token_logprobs, whole.logprobs.top_logprobs, strict=True)
+    assert all(top[token] == logprob for token, logprob, top in told)
+    parts = [chunk.choices[0] for chunk in client.completions.create(**fields, stream=True)]
+    assert "".join(part.text for part in parts) == whole.text
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        joined = [one for part in parts if part.logprobs for one in getattr(part.logprobs, name)]
+        assert joined == getattr(whole.logprobs, name)
+    assert parts[-1].finish_reason == whole.finish_reason == "length"
+
+
+def user(content: object, **fields: object) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": content, **fields}]}
+
+
+IMAGE = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
+RESULT = {"role": "tool", "tool_call_id": "c", "content": "3"}
+BROKEN = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"model": "gpt-4o"}, "model", "model_not_found"),
+        ({"n": 2}, "n", "invalid_value"),
+        ({"audio": {}}, "audio", "unknown_parameter"),
+        ({"temperature": "1"}, "temperature", "invalid_value"),
+        ({"temperature": 2.1}, "temperature", "invalid_value"),
+        ({"temperature": 1e-9}, "temperature", "invalid_value"),
+        ({"temperature": True}, "temperature", "invalid_value"),
+        ({"top_p": 0}, "top_p", "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "invalid_value"),
+        ({"min_tokens": FEW_TOKENS + 1}, "min_tokens", "invalid_value"),
+        ({"num_draft_tokens": 5}, "num_draft_tokens", "invalid_value"),
+        ({"stop": list("abcde")}, "stop", "invalid_value"),
+        ({"stop": ["a", ""]}, "stop[1]", "invalid_value"),
+        ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": None}, "messages", "invalid_value"),
+        (user(IMAGE), "messages[0].content[1].type", "invalid_value"),
+        (user("Hi", name="Ann"), "messages[0].name", "invalid_value"),
+        (user("\ud800"), "messages[0].content", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
+        ({"messages": [{"role": "robot", "content": "?"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "assistant"}]}, "messages[0]", "invalid_value"),
+        ({"messages": [RESULT]}, "messages[0].tool_call_id", "invalid_value"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [BROKEN]}]},
+            "messages[0].tool_calls[0].function.arguments",
+            "invalid_value",
+        ),
+        (user("word " * 2000), "messages", "context_length_exceeded"),
+        ({"tools": [*TOOLS, *TOOLS]}, "tools", "invalid_value"),
+        ({"tools": TOOLS, "logprobs": True}, "logprobs", "invalid_value"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "invalid_value"),
+        ({"presence_penalty": 1}, "presence_penalty", "invalid_value"),
+    ],
+)
+def test_what_cannot_act_is_refused_by_name(
+    address: str, fields: dict[str, Any], param: str, code: str
+) -> None:
+    for stream in (False, True):
+        reply = ask(address, "/v1/chat/completions", {**chat_body(stream=stream), **fields})
+        assert reply.status == (404 if code == "model_not_found" else 400)
+        assert (reply.error["param"], reply.error["code"]) == (param, code)
+        assert reply.error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"echo": True}, "echo"),
+        ({"suffix": "}"}, "suffix"),
+        ({"best_of": 2}, "best_of"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [99999]}, "prompt"),
+        ({"prompt": [[1, -1]]}, "prompt[0][1]"),
+        ({"messages": []}, "messages"),
+    ],
+)
+def test_what_cannot_act_on_completions_is_refused_by_name(
+    address: str, fields: dict[str, Any], param: str
+) -> None:
+    reply = ask(address, "/v1/completions", {"model": "draftloop", "prompt": "x", **fields})
+    assert (reply.status, reply.error["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b"[" * 100_000, b'{"model": "draftloop", "\\ud800": 1}'],
+)
+def test_rubbish_is_refused(address: str, body: bytes) -> None:
+    reply = ask(address, "/v1/chat/completions", body)
+    assert reply.status == 400
+    assert reply.error["type"] == "invalid_request_error"
+
+
+def test_options_of_a_stream_need_one(address: str) -> None:
+    body = chat_body(stream_options={"include_usage": True})
+    reply = ask(address, "/v1/chat/completions", body)
+    assert (reply.status, reply.error["param"]) == (400, "stream_options")
+
+
+def test_other_addresses_and_methods_are_refused_in_the_same_shape(address: str) -> None:
+    missing = ask(address, "/v1/embeddings", {"input": "x"})
+    assert (missing.status, missing.error["code"]) == (404, "unknown_url")
+    wrong = ask(address, "/v1/chat/completions")
+    assert (wrong.status, wrong.error["code"], wrong.headers["allow"]) == (405, "method_not_allowed", "POST")
+
+
+def test_the_client_raises_what_it_has_for_it(client: openai.OpenAI, chat: Callable[..., Any]) -> None:
+    with pytest.raises(openai.NotFoundError):
+        chat(model="gpt-4o")
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(n=2)
+    assert caught.value.param == "n"
