@@ -17,6 +17,7 @@ from draftloop.reporting.figures import (
     first_and_last,
     rolling_alpha,
     rolling_tau,
+    rolling_tokens_per_s,
     rolling_window,
     stretches_of,
 )
@@ -56,13 +57,15 @@ def drafted_requests(draw: st.DrawFn) -> list[RequestSummary]:
 def test_a_rolling_figure_is_that_of_the_window_within_its_stretch(requests: list[RequestSummary]) -> None:
     stretches = stretches_of(requests)
     assert len(stretches) == len(rolling_alpha(requests)) == len(rolling_tau(requests))
-    for stretch, alphas, taus in zip(stretches, rolling_alpha(requests), rolling_tau(requests), strict=True):
+    curves = rolling_alpha(requests), rolling_tau(requests), rolling_tokens_per_s(requests)
+    for stretch, alphas, taus, speeds in zip(stretches, *curves, strict=True):
         assert alphas[-1].position == stretch.last
-        for alpha, tau in zip(alphas, taus, strict=True):
+        for alpha, tau, speed in zip(alphas, taus, speeds, strict=True):
             window = requests[max(stretch.first - 1, alpha.position - WINDOW_REQUESTS) : alpha.position]
             assert {one.adapter for one in window} == {stretch.adapter}
             assert alpha.value == pytest.approx(figures_of(window).alpha)
             assert tau.value == pytest.approx(figures_of(window).tau)
+            assert speed.value == pytest.approx(figures_of(window).tokens_per_s)
 
 
 @given(drafted_requests())

@@ -255,7 +255,7 @@ def test_marks_tell_a_step_on_from_a_step_back(full: Stored) -> None:
     ]
     names = ["a0001", "a0002", "a0001", None, "a0002"]
     history = [Activation(i, PAIR, name, 1.76e9, "why", 20 * i) for i, name in enumerate(names)]
-    marks = marks_of(replace(full, adapters=adapters, history=history, active="a0002"))
+    marks = marks_of(full.drafted, adapters, history)
     assert [mark.label for mark in marks] == ["▲ a0001", "▲ a0002", "↩ a0001", "↩ bare", "▲ a0002"]
     assert [mark.kind for mark in marks] == ["on", "on", "back", "back", "on"]
     assert all("why" in mark.title for mark in marks)
@@ -267,5 +267,5 @@ def test_adapters_that_are_each_others_parents_do_not_hang_the_report(full: Stor
     first = full.adapters[0]
     adapters = [replace(first, name="a0001", parent="a0002"), replace(first, name="a0002", parent="a0001")]
     history = [Activation(i, PAIR, name, 1.0, "", 0) for i, name in enumerate(["a0001", "a0003", None])]
-    kinds = [mark.kind for mark in marks_of(replace(full, adapters=adapters, history=history))]
+    kinds = [mark.kind for mark in marks_of(full.drafted, adapters, history)]
     assert kinds == ["on", "on", "back"]

@@ -120,6 +120,8 @@ def test_requests_are_listed_oldest_first_pair_by_pair(store: Store) -> None:
     assert listed(newest=2) == ids[3:]
     assert listed(newest=0) == []
     assert listed(since_id=ids[2], newest=1) == ids[4:]
+    assert listed(before_id=ids[3], newest=2) == ids[1:3]
+    assert listed(since_id=ids[0], before_id=ids[2]) == ids[1:2]
     assert [one.id for one in store.requests.list(OTHER_PAIR)] == [other]
     assert store.requests.pairs() == {OTHER_PAIR: 1, PAIR: 5}
     assert store.requests.count() == 6

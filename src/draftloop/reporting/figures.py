@@ -201,6 +201,11 @@ def tau_of(summary: RequestSummary) -> float | None:
     return tokens_per_round(*_draft_rounds(summary))
 
 
+def tokens_per_s_of(summary: RequestSummary) -> float | None:
+    """One request's tokens over the time of its rounds."""
+    return tokens_per_second(summary.num_answer_tokens, summary.decode_s)
+
+
 def rolling_window(num_requests: int) -> int:
     """How many requests a rolling figure looks back on, where there are so many in all."""
     return max(WINDOW_REQUESTS, num_requests // WINDOWS)
@@ -217,6 +222,11 @@ def rolling_alpha(drafted: Sequence[RequestSummary]) -> list[list[RollingPoint]]
 def rolling_tau(drafted: Sequence[RequestSummary]) -> list[list[RollingPoint]]:
     """Tau, as `rolling_alpha`."""
     return _rolling(drafted, _draft_rounds, tokens_per_round)
+
+
+def rolling_tokens_per_s(drafted: Sequence[RequestSummary]) -> list[list[RollingPoint]]:
+    """Tokens a second, as `rolling_alpha`."""
+    return _rolling(drafted, lambda one: (one.num_answer_tokens, one.decode_s), tokens_per_second)
 
 
 def stretches_of(drafted: Sequence[RequestSummary]) -> list[Stretch]:
@@ -266,15 +276,15 @@ def _draft_rounds(summary: RequestSummary) -> tuple[int, int]:
 
 def _rolling(
     drafted: Sequence[RequestSummary],
-    sums_of: Callable[[RequestSummary], tuple[float, int]],
-    metric: Callable[[float, int], float | None],
+    sums_of: Callable[[RequestSummary], tuple[float, float]],
+    metric: Callable[[float, float], float | None],
 ) -> list[list[RollingPoint]]:
     segments = []
     start, window = 0, rolling_window(len(drafted))
     for _, group in groupby(drafted, key=lambda one: one.adapter):
         sums = [sums_of(one) for one in group]
         tops = list(accumulate((top for top, _ in sums), initial=0.0))
-        counts = list(accumulate((count for _, count in sums), initial=0))
+        counts = list(accumulate((count for _, count in sums), initial=0.0))
         points = []
         for end in range(min(FIRST_WINDOW_REQUESTS, len(sums)), len(sums) + 1):
             begin = max(0, end - window)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from draftloop.learning.selection import Selection
     from draftloop.reporting.figures import Domain, Figures, RollingPoint, Stretch
     from draftloop.reporting.stored import Stored
-    from draftloop.storage.records import Activation, RequestSummary
+    from draftloop.storage.records import Activation, AdapterRecord, RequestSummary
 
 NOW_REQUESTS = 50
 """Requests that "now" means: the newest under the active adapter."""
@@ -166,7 +166,7 @@ def request_charts(stored: Stored) -> list[Chart]:
     drafted = stored.drafted
     if not drafted:
         return []
-    marks = marks_of(stored)
+    marks = marks_of(drafted, stored.adapters, stored.history)
     stretches = stretches_of(drafted)
     alpha = Series(
         "Alpha",
@@ -185,13 +185,18 @@ def request_charts(stored: Stored) -> list[Chart]:
     return [over_requests(series, marks, len(drafted)) for series in (alpha, tau)]
 
 
-def marks_of(stored: Stored) -> list[Mark]:
-    """Each activation among the requests with drafts: a step on, or a step back to an ancestor."""
-    ids = [one.id for one in stored.drafted]
-    parents = {one.name: one.parent for one in stored.adapters}
+def marks_of(
+    drafted: Sequence[RequestSummary], adapters: Sequence[AdapterRecord], history: Sequence[Activation]
+) -> list[Mark]:
+    """Each activation among the requests with drafts: a step on, or a step back to an ancestor.
+
+    One before the first of them lies at 0.5.
+    """
+    ids = [one.id for one in drafted]
+    parents = {one.name: one.parent for one in adapters}
     marks = []
     before: str | None = None
-    for event in stored.history:
+    for event in history:
         back = _is_ancestor(event.adapter, before, parents)
         name = event.adapter or "bare"
         marks.append(

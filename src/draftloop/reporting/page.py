@@ -91,7 +91,7 @@ def render_report(stored: Stored, names: TokenNames, surroundings: Surroundings)
 
 def _values(stored: Stored, names: TokenNames, surroundings: Surroundings) -> dict[str, Any]:
     now = now_of(stored)
-    runs = run_views(stored)
+    runs = run_views(stored.runs, stored.adapters, stored.points)
     return {
         "pair": stored.pair,
         "made": when(surroundings.made_s),
@@ -110,7 +110,7 @@ def _values(stored: Stored, names: TokenNames, surroundings: Surroundings) -> di
         "runs": runs,
         "older_runs": stored.num_runs - len(runs),
         "held_out": held_out_view(stored),
-        "adapters": adapter_views(stored),
+        "adapters": adapter_views(stored.adapters, stored.active),
         "mistakes": stored.mistakes,
         "mistake_rows": _mistake_rows(stored.mistakes, names),
         "mistakes_sentence": _mistakes_sentence(stored.mistakes, readable=names.readable),

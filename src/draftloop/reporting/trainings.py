@@ -83,18 +83,20 @@ class HeldOutView:
     domains: Sequence[DomainChange]
 
 
-def run_views(stored: Stored) -> list[RunView]:
-    """The newest runs, newest first."""
-    made = {one.run: one.name for one in stored.adapters if one.run is not None}
-    return [_run_view(run, made.get(run.id), stored.points[run.id]) for run in stored.runs]
+def run_views(
+    runs: Sequence[RunRecord], adapters: Sequence[AdapterRecord], points: Mapping[int, Sequence[RunPoint]]
+) -> list[RunView]:
+    """The runs, in their order, with the adapters that they made and their curves by run id."""
+    made = {one.run: one.name for one in adapters if one.run is not None}
+    return [_run_view(run, made.get(run.id), points[run.id]) for run in runs]
 
 
-def adapter_views(stored: Stored) -> list[AdapterView]:
+def adapter_views(adapters: Sequence[AdapterRecord], active: str | None) -> list[AdapterView]:
     """Every adapter, newest first; their intervals share one axis."""
-    newest_first = sorted(stored.adapters, key=lambda one: one.created_s, reverse=True)
+    newest_first = sorted(adapters, key=lambda one: one.created_s, reverse=True)
     drawn = intervals([_estimate(one.metrics) for one in newest_first])
     return [
-        _adapter_view(one, interval, is_active=one.name == stored.active)
+        _adapter_view(one, interval, is_active=one.name == active)
         for one, interval in zip(newest_first, drawn, strict=True)
     ]
 
@@ -140,7 +142,7 @@ def _run_view(run: RunRecord, adapter: str | None, points: Sequence[RunPoint]) -
     if run.ended_s is not None:
         facts.append(duration(run.ended_s - run.started_s))
     if skipped:
-        facts.append(f"{count(len(skipped), 'step')} skipped (dotted): gradient not finite")
+        facts.append(f"{count(len(skipped), 'step')} skipped: gradient not finite")
     return RunView(
         title=f"Run {run.id}{f', {adapter}' if adapter else ''}",
         status=run.status.value,

@@ -21,7 +21,7 @@ def constant_acceptance_rate(alpha: float, num_draft_tokens: int) -> float:
     return sum(alpha**i for i in range(1, num_draft_tokens + 1)) / num_draft_tokens
 
 
-def mean_alpha(alpha_sum: float, tested_tokens: int) -> float | None:
+def mean_alpha(alpha_sum: float, tested_tokens: float) -> float | None:
     """Mean of Σ_x min(p(x), q(x)) over tested positions. None where nothing was tested."""
     return alpha_sum / tested_tokens if tested_tokens else None
 
@@ -31,7 +31,7 @@ def tokens_per_round(completion_tokens: float, rounds: float) -> float | None:
     return completion_tokens / rounds if rounds else None
 
 
-def tokens_per_second(tokens: int, seconds: float) -> float | None:
+def tokens_per_second(tokens: float, seconds: float) -> float | None:
     """Tokens over wall time; None where no time passed."""
     return tokens / seconds if seconds > 0 else None
 

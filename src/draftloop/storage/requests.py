@@ -32,6 +32,9 @@ ROW_BYTES = 512
 
 MEGABYTE = 1_000_000
 
+LARGEST_ID = 2**63 - 1
+"""Of an INTEGER in SQLite; no request comes so far."""
+
 _SUMMARY = ", ".join(RequestSummary.__slots__)
 _HELD_OUT = RequestSummary.__slots__.index("held_out")
 _SCALARS = (
@@ -135,21 +138,29 @@ class Requests:
         return identity
 
     def list(
-        self, pair: PairKey, *, since_id: int | None = None, newest: int | None = None
+        self,
+        pair: PairKey,
+        *,
+        since_id: int | None = None,
+        before_id: int | None = None,
+        newest: int | None = None,
     ) -> builtins.list[RequestSummary]:
         """A pair's requests, oldest first.
 
         Args:
             pair: whose.
             since_id: only later ones than this.
+            before_id: only earlier ones than this.
             newest: only so many of the last.
         """
         query = (
-            f"SELECT {_SUMMARY} FROM requests WHERE pair_id = {PAIR_ID} AND id > ? ORDER BY id DESC LIMIT ?"  # noqa: S608
+            f"SELECT {_SUMMARY} FROM requests WHERE pair_id = {PAIR_ID} AND id > ? AND id < ? "  # noqa: S608
+            "ORDER BY id DESC LIMIT ?"
         )
+        before = LARGEST_ID if before_id is None else before_id
         limit = -1 if newest is None else max(newest, 0)
         with self._database.read() as connection:
-            rows = connection.execute(query, (*names(pair), since_id or 0, limit)).fetchall()
+            rows = connection.execute(query, (*names(pair), since_id or 0, before, limit)).fetchall()
         return [_summary(row) for row in reversed(rows)]
 
     def load(self, ids: Iterable[int]) -> builtins.list[RequestRecord]:
