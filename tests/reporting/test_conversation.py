@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -24,9 +23,6 @@ from draftloop.storage.records import RequestRecord, TraceRows
 from draftloop.types import TokenKind
 from reporting.sample import sample_requests
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 TEMPLATE = sample_requests(1)[0]
 
 
@@ -36,7 +32,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def record(ids: list[int], kinds: list[int], drafted: list[int], q: float, top: list[int]) -> RequestRecord:
-    """An answer whose rows all have these likeliest tokens: the first has half the mass, the next a quarter."""
+    """An answer whose rows all have these likeliest tokens: half the mass, a quarter, and so on."""
     rows = len(ids)
     top_ids = np.array(top + [-2] * (32 - len(top)), np.int32)
     traces = TraceRows(

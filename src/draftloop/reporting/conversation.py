@@ -77,10 +77,11 @@ def turns_of(prompt_tokens: Sequence[int], tokenizer: Decoder) -> list[Turn]:
     turns: list[Turn] = []
     role = ""
     for segment in _segments(prompt_tokens, tokenizer):
-        head, line_end, rest = segment.lstrip("\n").partition("\n")
+        text = segment.strip()
+        head, _, rest = text.partition("\n")
         if head.strip() in ROLES:
-            role, segment = head.strip(), rest if line_end else ""
-        if text := segment.strip():
+            role, text = head.strip(), rest.strip()
+        if text:
             turns.append(Turn(role, text))
             role = ""
     return turns
@@ -94,13 +95,13 @@ def prompt_preview(prompt_tokens: Sequence[int], tokenizer: Decoder) -> str:
 
 def answer_preview(answer_tokens: Sequence[int], tokenizer: Decoder) -> str:
     """The beginning of an answer, in one line."""
-    return _one_line(tokenizer.decode([int(one) for one in answer_tokens[:PREVIEW_TOKENS]]))
+    return _one_line(tokenizer.decode(answer_tokens[:PREVIEW_TOKENS]))
 
 
 def answer_tokens_of(record: RequestRecord, tokenizer: Tokenizer) -> list[AnswerToken]:
     """Every token of the answer, in order; their texts together are the answer's."""
     names, stream = TokenNames(tokenizer), TextStream(tokenizer)
-    ids = [int(token) for token in record.answer_tokens]
+    ids = record.answer_tokens.tolist()
     texts = [stream.push([token]) for token in ids]
     if texts:
         texts[-1] += stream.finish()
@@ -136,7 +137,7 @@ def _probability(likeliest: dict[int, float], token: int) -> float | None:
 def _segments(token_ids: Sequence[int], tokenizer: Decoder) -> Iterator[str]:
     """The text between special tokens, where there is any."""
     run: list[int] = []
-    for token in (int(one) for one in token_ids):
+    for token in token_ids:
         if tokenizer.has_text(token):
             run.append(token)
         elif run:

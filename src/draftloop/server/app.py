@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from draftloop.server import health
+from draftloop.server.dashboard import routes as dashboard
 from draftloop.server.guards import add_guards
 from draftloop.server.metrics import metrics_router
 from draftloop.server.openai import routes as openai
@@ -36,6 +37,7 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.include_router(health.router)
+    app.include_router(dashboard.router)
     app.include_router(metrics_router(service))
     openai.install(app)
     add_guards(app, service.config.server)

@@ -17,7 +17,7 @@ from prometheus_client import Histogram
 from draftloop.speculation.metrics import Tally, tokens_per_second
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from draftloop.answers import Completion
     from draftloop.speculation.round import Round
@@ -103,6 +103,11 @@ class Figures:
         self._prompt_tokens = self._cached_tokens = self._answers = self._answer_tokens = 0
         self._prompt_s = self._decode_s = 0.0
         self._last_tokens_per_s: float | None = None
+        self._listener: Callable[[Completion], None] | None = None
+
+    def tell(self, listener: Callable[[Completion], None]) -> None:
+        """From now on `listener` is given each completed answer, on the models' thread."""
+        self._listener = listener
 
     def round_done(self, outcome: Round, waited_s: float, *, first: bool) -> None:
         """One round of any answer.
@@ -133,6 +138,8 @@ class Figures:
             self._prompt_s += completion.prompt_s
             self._decode_s += completion.decode_s
             self._last_tokens_per_s = completion.tokens_per_s
+        if self._listener is not None:
+            self._listener(completion)
 
     def ended(self, outcome: Outcome) -> None:
         """One request ended otherwise."""

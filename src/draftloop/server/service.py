@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 from fastapi import Request  # noqa: TC002  # FastAPI reads annotations when it runs
 
 from draftloop.models.tool_calls import call_format_of
+from draftloop.server.dashboard.session import SessionHistory
 from draftloop.server.worker import Worker
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Service:
         store: where answers are kept; None where there is none.
         with_draft: False where the target answers alone.
         learner: learns meanwhile; None where nothing is stored.
+        session: figures of the answers since the beginning, where they are not stored.
     """
 
     config: Config
@@ -45,6 +47,7 @@ class Service:
     store: Store | None = None
     with_draft: bool = True
     learner: Learner | None = None
+    session: SessionHistory | None = None
 
     @property
     def model(self) -> str:
@@ -73,6 +76,10 @@ def open_service(
         learner=learner,
         log_prompts=config.server.log_prompts,
     )
+    session = None
+    if not config.storage.collect:
+        session = SessionHistory()
+        worker.figures.tell(session.add)
     return Service(
         config=config,
         tokenizer=engine.tokenizer,
@@ -82,6 +89,7 @@ def open_service(
         store=store,
         with_draft=with_draft,
         learner=learner,
+        session=session,
     )
 
 
