@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from anyio import to_thread
 from fastapi import FastAPI
 
 from draftloop.server import health
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from draftloop.server.service import Service
+
+THREADS = 4
+"""For what would hold up the event loop: a prompt's tokens, a look into the store. Each keeps what memory its
+longest prompt took.
+"""
 
 
 def create_app(service: Service) -> FastAPI:
@@ -47,6 +53,7 @@ def create_app(service: Service) -> FastAPI:
 @asynccontextmanager
 async def _life(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
+    to_thread.current_default_thread_limiter().total_tokens = THREADS
     service.worker.start()
     if service.learner is not None:
         service.learner.start()
