@@ -12,6 +12,7 @@ import pytest
 
 from draftloop.backends.base import NO_PROPOSAL
 from draftloop.backends.vocabulary import CutVocabulary
+from draftloop.errors import OutOfMemory
 from draftloop.speculation.calibration import (
     BUDGET_S,
     ServedRounds,
@@ -57,7 +58,10 @@ class FakeCache:
 
 
 class FakeModel:
-    """Takes `width_s[width]` for a verification; drafts for 20 ms a token and 3 ms a call; reads for 2 ms."""
+    """Takes 50 ms and 10 a row for a verification; drafts for 20 ms a token and 3 ms a call; reads for 2 ms.
+
+    Of sequences beside the first each takes 4 ms more to verify, and 1 ms in each step of the draft.
+    """
 
     def __init__(
         self, clock: Clock, *, busy_calls: range = range(0), scale: float = 1.0, room: int = 512
@@ -78,19 +82,22 @@ class FakeModel:
             job.cache.read(len(job.tokens))
 
     def verify(self, batch) -> None:
-        (job,) = batch
-        self.jobs.append(job)
-        width = job.proposal.num_tokens + 1
-        job.cache.read(width)
-        self._work(0.05 + 0.01 * width)
+        self.jobs += batch
+        rows = 0
+        for job in batch:
+            rows += job.proposal.num_tokens + 1
+            job.cache.read(job.proposal.num_tokens + 1)
+        self._work(0.05 + 0.01 * rows + 0.004 * (len(batch) - 1))
 
     def propose(self, batch):
-        (job,) = batch
-        self.texts.append(job.text)
-        job.cache.read(len(job.unread) + job.num_draft_tokens - 1)
-        self._work(0.003 + 0.020 * job.num_draft_tokens + 0.002 * (len(job.unread) - 1))
-        k, greedy = job.num_draft_tokens, job.rules.sampling.greedy
-        return [replace(NO_PROPOSAL, tokens=(0,) * k, q=None if greedy else [[1.0]] * k, num_tokens=k)]
+        for job in batch:
+            self.texts.append(job.text)
+            job.cache.read(len(job.unread) + job.num_draft_tokens - 1)
+        k, greedy = batch[0].num_draft_tokens, batch[0].rules.sampling.greedy
+        more_s = 0.001 * k * (len(batch) - 1)
+        self._work(0.003 + 0.020 * k + 0.002 * (len(batch[0].unread) - 1) + more_s)
+        proposal = replace(NO_PROPOSAL, tokens=(0,) * k, q=None if greedy else [[1.0]] * k, num_tokens=k)
+        return [proposal] * len(batch)
 
     def _work(self, seconds: float) -> None:
         self.calls += 1
@@ -118,12 +125,14 @@ def test_a_cut_head_is_timed_with_a_texts_own_tokens(kept, own):
 def test_the_costs_are_those_of_the_models(cap, busy):
     pair, clock = fakes(busy_calls=busy, scale=0.3)
     costs = measure_costs(pair, ServedRounds(cap), clock)
-    assert [width for width, _ in costs.verify_s] == list(range(1, cap + 2))
+    assert [width for width, _ in costs.verify_s] == [*range(1, cap + 2), 16, 32]
     for width, seconds in costs.verify_s:
         assert seconds == pytest.approx(0.3 * (0.05 + 0.01 * width))
     assert costs.draft_s == pytest.approx(0.006)
     assert costs.draft_round_s == pytest.approx(0.0009)
     assert costs.read_s == pytest.approx(0.0006)
+    assert costs.verify_more_s == pytest.approx(0.0012)
+    assert costs.draft_more_s == pytest.approx(0.0003)
 
 
 @pytest.mark.parametrize("cap", [1, 4])
@@ -152,6 +161,27 @@ def test_of_models_beyond_the_budget_two_widths_are_measured_once(cap):
     assert pair.target.calls == 2
     assert pair.draft.calls == 1
     assert costs.verify_at(cap + 1) == pytest.approx(100 * (0.05 + 0.01 * (cap + 1)))
+
+
+def test_sequences_that_were_not_measured_together_are_taken_to_share_nothing():
+    pair, clock = fakes(scale=100.0)
+    costs = measure_costs(pair, ServedRounds(4), clock)
+    assert costs.shared_s(4, 4, ()) == pytest.approx(4 * costs.verify_at(1))
+    assert costs.draft_more_s == pytest.approx(costs.draft_round_s + costs.draft_s)
+
+
+def test_where_there_is_no_room_for_a_second_sequence_the_rest_is_measured():
+    pair, clock = fakes()
+    for model in (pair.target, pair.draft):
+        rooms = [FakeCache(), FakeCache()] if model is pair.target else [FakeCache()]
+        model.new_cache = lambda rooms=rooms: rooms.pop() if rooms else no_room()
+    costs = measure_costs(pair, THREE, clock)
+    assert costs.verify_at(1) == pytest.approx(0.06)
+    assert costs.draft_more_s == pytest.approx(costs.draft_round_s + costs.draft_s)
+
+
+def no_room():
+    raise OutOfMemory("no room for a KV cache", remedy="Wait.")
 
 
 def test_quick_models_are_measured_often():
@@ -184,7 +214,7 @@ def test_the_served_path_is_measured(sampling, trace):
 def test_suffix_matches_are_verified_as_far_as_the_cache_holds_them():
     pair, clock = fakes(scale=0.01, room=30)
     costs = measure_costs(pair, ServedRounds(3, num_suffix_tokens=63), clock)
-    assert costs.verify_s[-1][0] == 29
+    assert [width for width, _ in costs.verify_s][-2:] == [24, 29]
     pair, clock = fakes(scale=0.01)
     assert measure_costs(pair, ServedRounds(3, num_suffix_tokens=63), clock).verify_s[-1][0] == 64
 

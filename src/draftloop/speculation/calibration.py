@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from draftloop.errors import DraftloopError
+from draftloop.errors import DraftloopError, OutOfMemory
 from draftloop.folders import cache_root
 from draftloop.models.cache import read_json, write_json
 from draftloop.speculation.costs import RoundCosts
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from draftloop.backends.base import Model, Proposal
+    from draftloop.backends.base import Cache, Model, Proposal
     from draftloop.speculation.stream import Pair
 
 logger = logging.getLogger(__name__)
@@ -42,15 +42,19 @@ DRAFTED_TOKENS = 8
 """A drafted token's cost is the difference between so many and one, or K where that is less."""
 SMALL_WIDTH, LARGE_WIDTHS = 9, (12, 16, 24, 32, 48, 64)
 """Kernels work in blocks, so each width up to the first is looked at; between the large ones it is even."""
+SHARED_WIDTHS = (16, 32)
+"""Looked at also where one sequence is never so wide: several together are."""
+SEQUENCES = 4
+"""What they cost together tells what each one adds to the first."""
 INDISPENSABLE_WIDTH = 5
 """Beside one row, this width or K + 1 is measured whatever it takes: two points make a line."""
 EXPECTED_GROWTH = 0.25
 """Twice as many rows are expected to take longer by this share: weights are read once for all of them."""
 SURPRISE = 1.5
 """What took so many times what was expected has set something up, and is timed once more."""
-FORMAT = 2
+FORMAT = 3
 
-_NUMBERS = ("draft_s", "draft_round_s", "read_s")
+_NUMBERS = ("draft_s", "draft_round_s", "read_s", "verify_more_s", "draft_more_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,26 +105,38 @@ def measure_costs(
     draft = filled_cache(pair.draft, max(min(rounds.num_draft_tokens, DRAFTED_TOKENS), READ_TOKENS))
     many = max(2, min(rounds.num_draft_tokens, DRAFTED_TOKENS))
     most = min(READ_TOKENS, draft.max_tokens - draft.position)
-    one = session.first(proposal_step(pair.draft, draft, 1, rules), needed=True)
-    several = session.first(proposal_step(pair.draft, draft, many, rules), many * one.best_s)
+    one = session.first(proposal_step(pair.draft, [draft], 1, rules), needed=True)
+    several = session.first(proposal_step(pair.draft, [draft], many, rules), many * one.best_s)
     half, whole = (
-        session.first(proposal_step(pair.draft, draft, 1, rules, count), _grown(one.best_s, 1, count))
+        session.first(proposal_step(pair.draft, [draft], 1, rules, count), _grown(one.best_s, 1, count))
         for count in (most // 2, most)
     )
     drafted = one.result if several.result is None else several.result
-    verified = _verifications(session, pair.target, rounds, drafted)
+    drafted_together = _Step(lambda: None)
+    if together := _caches_beside(pair.draft, draft):
+        step = proposal_step(pair.draft, together, 1, rules)
+        drafted_together = session.first(step, SEQUENCES * one.best_s)
+    verified, verified_together = _verifications(session, pair.target, rounds, drafted)
     session.repeat()
     # Unmeasured steps count as endless: a draft then costs as much as the first.
     draft_s = min(max(0.0, several.best_s - one.best_s) / (many - 1), one.best_s)
     read_s = max(0.0, whole.best_s - half.best_s) / (most - most // 2) if whole.measured else draft_s
     # A wider step is never cheaper; where it was, the clock jittered.
     verify_s = itertools.accumulate((verified[width].best_s for width in sorted(verified)), max)
-    return RoundCosts(
+    costs = RoundCosts(
         verify_s=tuple(zip(sorted(verified), verify_s, strict=True)),
         draft_s=draft_s,
         draft_round_s=one.best_s - draft_s,
         read_s=read_s,
         sampling=rounds.sampling,
+    )
+    # Sequences whose steps were not measured together are taken to have nothing in common.
+    verify_together_s = min(SEQUENCES * costs.verify_at(1), verified_together.best_s)
+    draft_together_s = min(SEQUENCES * one.best_s, drafted_together.best_s)
+    return replace(
+        costs,
+        verify_more_s=max(0.0, verify_together_s - costs.verify_at(SEQUENCES)) / (SEQUENCES - 1),
+        draft_more_s=max(0.0, draft_together_s - one.best_s) / (SEQUENCES - 1),
     )
 
 
@@ -179,9 +195,7 @@ def _stored(costs: RoundCosts, key: Mapping[str, str], widest: int) -> dict[str,
         "key": dict(key),
         "widest": widest,
         "verify_s": [list(point) for point in costs.verify_s],
-        "draft_s": costs.draft_s,
-        "draft_round_s": costs.draft_round_s,
-        "read_s": costs.read_s,
+        **{name: getattr(costs, name) for name in _NUMBERS},
     }
 
 
@@ -192,15 +206,23 @@ def _costs_of(stored: Mapping[str, object], key: Mapping[str, str]) -> RoundCost
     points, rest = stored.get("verify_s"), [stored.get(name) for name in _NUMBERS]
     try:
         verify_s = tuple((int(width), float(seconds)) for width, seconds in points)  # type: ignore[attr-defined]
-        draft_s, draft_round_s, read_s = (float(value) for value in rest)  # type: ignore[arg-type]
+        draft_s, draft_round_s, read_s, verify_more_s, draft_more_s = (
+            float(value)  # type: ignore[arg-type]
+            for value in rest
+        )
     except (TypeError, ValueError, OverflowError):
         return None
     widths = [width for width, _ in verify_s]
-    numbers = [draft_s, draft_round_s, read_s, *(seconds for _, seconds in verify_s)]
+    numbers = [draft_s, draft_round_s, read_s, verify_more_s, draft_more_s]
+    numbers += [seconds for _, seconds in verify_s]
     whole = widths[:1] == [1] and widths == sorted(set(widths))
     if not whole or not all(math.isfinite(number) and number >= 0 for number in numbers):
         return None
-    return RoundCosts(verify_s, draft_s, draft_round_s, read_s) if verify_s[0][1] > 0 else None
+    if verify_s[0][1] <= 0:
+        return None
+    return RoundCosts(
+        verify_s, draft_s, draft_round_s, read_s, verify_more_s=verify_more_s, draft_more_s=draft_more_s
+    )
 
 
 class _Step:
@@ -261,22 +283,36 @@ class _Session:
 
 def _verifications(
     session: _Session, target: Model, rounds: ServedRounds, drafted: Proposal
-) -> dict[int, _Step]:
-    """The target's steps by width, those that were worth their time; at least one row."""
+) -> tuple[dict[int, _Step], _Step]:
+    """The target's steps by width, those worth their time, at least one row; and SEQUENCES together."""
     # A suffix match is cut to what the cache has room for.
-    widest = min(rounds.widest, target.new_cache().max_tokens - 1)
-    cache, rules = filled_cache(target, widest), Rules(rounds.sampling)
+    room = target.new_cache().max_tokens - 1
+    widest, rules = min(rounds.widest, room), Rules(rounds.sampling)
+    cache = filled_cache(target, min(max(widest, *SHARED_WIDTHS), room))
     measured: dict[int, _Step] = {}
-    for width in _widths_by_need(rounds.num_draft_tokens + 1, widest):
+    together = _Step(lambda: None)
+    shared = (width for width in SHARED_WIDTHS if width <= room)
+    for width in dict.fromkeys((*_widths_by_need(rounds.num_draft_tokens + 1, widest), *shared)):
         below = max((known for known in measured if known < width), default=None)
         step = session.first(
-            verification_step(target, cache, width - 1, rules, drafted=drafted, trace=rounds.trace),
+            verification_step(target, [cache], width - 1, rules, drafted=drafted, trace=rounds.trace),
             0.0 if below is None else _grown(measured[below].best_s, below, width),
             needed=len(measured) < 2,
         )
         if step.measured:
             measured[width] = step
-    return measured
+        if len(measured) == 2 and not together.measured and (caches := _caches_beside(target, cache)):
+            alone = verification_step(target, caches, 0, rules, drafted=drafted, trace=rounds.trace)
+            together = session.first(alone, SEQUENCES * measured[1].best_s)
+    return measured, together
+
+
+def _caches_beside(model: Model, cache: Cache) -> list[Cache]:
+    """It and other scratch caches, SEQUENCES in all; none where there is no room for so many."""
+    try:
+        return [cache, *(filled_cache(model, 1) for _ in range(SEQUENCES - 1))]
+    except OutOfMemory:
+        return []
 
 
 def _widths_by_need(usual: int, widest: int) -> list[int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from draftloop.types import Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Hashable, Mapping, Sequence
 
 _COMMON_STEP, _OWN_STEP = 0.4, 0.1
 """How much of a surprise is put down to the machine's mood, and how much to the width itself."""
@@ -31,6 +31,8 @@ class RoundCosts:
         draft_s: of each drafted token.
         draft_round_s: what asking the draft costs beside that, once a round.
         read_s: of each token that the draft reads to catch up.
+        verify_more_s: of each sequence that the target verifies beside the first, beyond its rows.
+        draft_more_s: of each sequence that takes part in one of the draft's steps beside the first.
         sampling: how the tokens were chosen meanwhile. What is timed to be set off against these seconds is
             timed likewise: sampled steps cost more than greedy ones.
     """
@@ -39,6 +41,8 @@ class RoundCosts:
     draft_s: float
     draft_round_s: float
     read_s: float
+    verify_more_s: float = 0.0
+    draft_more_s: float = 0.0
     sampling: Sampling = Sampling()  # noqa: RUF009  # frozen
 
     def verify_at(self, width: int) -> float:
@@ -61,6 +65,18 @@ class RoundCosts:
         draft_s = self.draft_round_s + num_draft_tokens * self.draft_s if by_model and num_draft_tokens else 0
         return draft_s + self.verify_at(num_draft_tokens + 1)
 
+    def shared_s(self, rows: int, sequences: int, drafting: Sequence[int]) -> float:
+        """Seconds of a round that several sequences share.
+
+        Args:
+            rows: that the target verifies, all sequences' together.
+            sequences: at least one.
+            drafting: how many of them take part in each of the draft's steps.
+        """
+        verify_s = self.verify_at(rows) + (sequences - 1) * self.verify_more_s
+        steps_s = sum(self.draft_s + (count - 1) * self.draft_more_s for count in drafting)
+        return verify_s + (self.draft_round_s + steps_s if drafting else 0.0)
+
 
 class Prices(Protocol):
     """Whoever tells what a round costs."""
@@ -75,7 +91,7 @@ class CorrectedCosts:
     """Calibrated costs, and what they got wrong by (K, whether a model drafts), in log seconds."""
 
     calibrated: RoundCosts
-    corrections: Mapping[tuple[int, bool], float] = field(default_factory=dict)
+    corrections: Mapping[Hashable, float] = field(default_factory=dict)
 
     def round_s(self, num_draft_tokens: int, *, by_model: bool = True) -> float:
         """See `Prices`."""
@@ -94,7 +110,7 @@ class LiveCosts:
     def __init__(self, calibrated: RoundCosts) -> None:
         self.calibrated = calibrated
         self._common = 0.0
-        self._corrections: dict[tuple[int, bool], float] = {}
+        self._corrections: dict[Hashable, float] = {}
 
     def now(self) -> CorrectedCosts:
         """As they are known now; later rounds do not change them."""
@@ -102,10 +118,20 @@ class LiveCosts:
 
     def observe(self, num_draft_tokens: int, seconds: float, *, by_model: bool = True) -> None:
         """Learn from a round that read no backlog."""
+        calibrated_s = self.calibrated.round_s(num_draft_tokens, by_model=by_model)
+        self._learn(_kind(num_draft_tokens, by_model=by_model), seconds, calibrated_s)
+
+    def observe_shared(self, sequences: int, seconds: float, calibrated_s: float, *, drafts: bool) -> None:
+        """Learn from a round of several sequences, by whether a model drafted; it read no backlog."""
+        self._learn(_shared(sequences, drafts=drafts), seconds, calibrated_s)
+
+    def shared_correction(self, sequences: int, *, drafts: bool) -> float:
+        """What rounds of so many sequences take over what is calibrated."""
+        return math.exp(self._corrections.get(_shared(sequences, drafts=drafts), 0.0))
+
+    def _learn(self, kind: Hashable, seconds: float, calibrated_s: float) -> None:
         if seconds <= 0:
             return
-        kind = _kind(num_draft_tokens, by_model=by_model)
-        calibrated_s = self.calibrated.round_s(num_draft_tokens, by_model=by_model)
         correction = self._corrections.get(kind, 0.0)
         surprise = math.log(seconds / calibrated_s) - correction - self._common
         surprise = max(-_LARGEST_SURPRISE, min(_LARGEST_SURPRISE, surprise))
@@ -113,5 +139,9 @@ class LiveCosts:
         self._corrections[kind] = correction + _OWN_STEP * surprise
 
 
-def _kind(num_draft_tokens: int, *, by_model: bool) -> tuple[int, bool]:
+def _kind(num_draft_tokens: int, *, by_model: bool) -> Hashable:
     return num_draft_tokens, by_model and num_draft_tokens > 0
+
+
+def _shared(sequences: int, *, drafts: bool) -> Hashable:
+    return "shared", sequences, drafts

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from draftloop.backends.base import NO_PROPOSAL, PrefillJob, Proposal, ProposeJob
+from draftloop.speculation.schedule import Choice
 from draftloop.speculation.stream import PREFILL_CHUNK_TOKENS
+from draftloop.speculation.together import Prospect
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from draftloop.backends.base import Model
-    from draftloop.speculation.schedule import Choice
     from draftloop.speculation.stream import Stream
+    from draftloop.speculation.suffix import Match
+    from draftloop.speculation.together import TogetherPace
 
 READ_EACH_ROUND_TOKENS = 2
 """What a draft that lags by nothing may have to read: its own last guess, and the extra token."""
@@ -56,30 +59,82 @@ class Drafter(Protocol):
         """What it would propose; cheap. None where it has nothing to say."""
         ...
 
+    def prospect(self, stream: Stream) -> Prospect | None:
+        """What it could propose, for somebody else to choose how much. None where it has nothing to say."""
+        ...
+
     def propose(self, streams: Sequence[Stream], offers: Sequence[Offer]) -> list[Proposal]:
         """Make good the offers that were taken."""
         ...
 
 
-def propose(drafters: Sequence[Drafter], streams: Sequence[Stream]) -> list[Drafted]:
-    """The best offer for each stream, made good; of equals the first drafter's."""
-    drafted = [Drafted(NO_PROPOSAL, None)] * len(streams)
-    taken: list[list[tuple[int, Offer]]] = [[] for _ in drafters]
-    for index, stream in enumerate(streams):
-        offers = [(drafter.offer(stream), who) for who, drafter in enumerate(drafters)]
-        made = [(offer, who) for offer, who in offers if offer is not None]
-        if made:
-            offer, who = max(made, key=lambda pair: pair[0].choice.tokens_per_s)
-            taken[who].append((index, offer))
-    for drafter, chosen in zip(drafters, taken, strict=True):
-        asked = [(index, offer) for index, offer in chosen if offer.choice.num_draft_tokens]
-        for index, offer in chosen:
-            drafted[index] = Drafted(NO_PROPOSAL, offer)
+def propose(
+    drafters: Sequence[Drafter], streams: Sequence[Stream], together: TogetherPace | None = None
+) -> list[Drafted]:
+    """The best offer for each stream, made good; of equals the first drafter's.
+
+    Args:
+        drafters: who may be asked.
+        streams: the batch.
+        together: chooses for all streams at once, but for those whose pace stands apart; None: each stream's
+            own pace chooses.
+    """
+    best = [_best_offer(drafters, stream) if _chooses(stream, together) else None for stream in streams]
+    if together is not None:
+        best = _chosen_together(drafters, streams, best, together)
+    drafted = [Drafted(NO_PROPOSAL, None if one is None else one[0]) for one in best]
+    for who, drafter in enumerate(drafters):
+        asked = [
+            (index, one[0])
+            for index, one in enumerate(best)
+            if one is not None and one[1] == who and one[0].choice.num_draft_tokens
+        ]
         if asked:
             proposals = drafter.propose([streams[index] for index, _ in asked], [offer for _, offer in asked])
             for (index, offer), proposal in zip(asked, proposals, strict=True):
                 drafted[index] = Drafted(proposal, offer)
     return drafted
+
+
+def _chooses(stream: Stream, together: TogetherPace | None) -> bool:
+    return together is None or stream.pace.apart
+
+
+def _best_offer(drafters: Sequence[Drafter], stream: Stream) -> tuple[Offer, int] | None:
+    """It, and whose it is."""
+    offers = [(drafter.offer(stream), who) for who, drafter in enumerate(drafters)]
+    made = [(offer, who) for offer, who in offers if offer is not None]
+    return max(made, key=lambda pair: pair[0].choice.tokens_per_s) if made else None
+
+
+def _chosen_together(
+    drafters: Sequence[Drafter],
+    streams: Sequence[Stream],
+    settled: Sequence[tuple[Offer, int] | None],
+    together: TogetherPace,
+) -> list[tuple[Offer, int] | None]:
+    """What each stream's favourite drafter proposes of it; who stands apart has settled already."""
+    prospects: list[Prospect] = []
+    whose: list[int | None] = []
+    for stream, own in zip(streams, settled, strict=True):
+        if stream.pace.apart:
+            k = 0 if own is None else own[0].choice.num_draft_tokens
+            by_model = own is not None and own[0].by_model
+            prospects.append(Prospect(tuple(stream.pace.chances(k)), by_model=by_model, settled=True))
+            whose.append(None)
+            continue
+        found = [(drafter.prospect(stream), who) for who, drafter in enumerate(drafters)]
+        made = [(one, who) for one, who in found if one is not None]
+        prospect, who = made[together.favourite([one for one, _ in made])] if made else (Prospect(()), None)
+        prospects.append(prospect)
+        whose.append(who)
+    plan = together.choose(prospects)
+    best = list(settled)
+    for index, (one, who, k) in enumerate(zip(prospects, whose, plan.num_draft_tokens, strict=True)):
+        if who is not None:
+            choice = Choice(k, plan.tokens_per_s)
+            best[index] = Offer(choice, one.by_model, one.backlog_tokens, one.tokens[:k]), who
+    return best
 
 
 class ModelDrafter:
@@ -97,6 +152,19 @@ class ModelDrafter:
         backlog = lag if lag > READ_EACH_ROUND_TOKENS else 0
         choice = stream.pace.choose(draft_budget(stream), backlog, stream.remaining_tokens)
         return Offer(choice, backlog_tokens=backlog)
+
+    def prospect(self, stream: Stream) -> Prospect | None:
+        """See `Drafter`."""
+        cache = stream.conversation.draft_cache
+        if cache is None:
+            return None
+        lag = len(stream.conversation.tokens) - cache.position
+        backlog = lag if lag > READ_EACH_ROUND_TOKENS else 0
+        return Prospect(
+            chances=tuple(stream.pace.chances(draft_budget(stream))),
+            backlog_tokens=backlog,
+            lags=backlog > 0 and not stream.pace.reads_along(backlog, stream.remaining_tokens),
+        )
 
     def propose(self, streams: Sequence[Stream], offers: Sequence[Offer]) -> list[Proposal]:
         """See `Drafter`. A backlog is read in pieces, the last of them with the first guess."""
@@ -131,9 +199,7 @@ class SuffixDrafter:
 
     def offer(self, stream: Stream) -> Offer | None:
         """See `Drafter`."""
-        if stream.suffix is None:
-            return None
-        match = stream.suffix.guess(stream.conversation.tokens, stream.remaining_tokens - 1)
+        match = self._match(stream)
         if match is None:
             return None
         choice = stream.pace.choose_free(match.acceptance)
@@ -141,9 +207,21 @@ class SuffixDrafter:
             return None
         return Offer(choice, by_model=False, tokens=match.tokens[: choice.num_draft_tokens])
 
+    def prospect(self, stream: Stream) -> Prospect | None:
+        """See `Drafter`."""
+        match = self._match(stream)
+        return (
+            None if match is None else Prospect(tuple(match.acceptance), by_model=False, tokens=match.tokens)
+        )
+
     def propose(self, streams: Sequence[Stream], offers: Sequence[Offer]) -> list[Proposal]:  # noqa: ARG002
         """See `Drafter`. Each q is a point mass."""
         return [Proposal(offer.tokens, None, len(offer.tokens)) for offer in offers]
+
+    def _match(self, stream: Stream) -> Match | None:
+        if stream.suffix is None:
+            return None
+        return stream.suffix.guess(stream.conversation.tokens, stream.remaining_tokens - 1)
 
 
 def draft_budget(stream: Stream) -> int:

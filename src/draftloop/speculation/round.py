@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from draftloop.speculation.drafters import Drafted, Drafter
     from draftloop.speculation.stream import Pair, Stream
+    from draftloop.speculation.together import TogetherPace
     from draftloop.types import Trace, Verdict
 
 
@@ -90,18 +91,22 @@ class Round:
 
 
 def run_round(
-    pair: Pair, streams: Sequence[Stream], clock: Callable[[], float] = time.perf_counter
+    pair: Pair,
+    streams: Sequence[Stream],
+    clock: Callable[[], float] = time.perf_counter,
+    together: TogetherPace | None = None,
 ) -> list[Round]:
     """Run one round for each stream, and tell its pace. Each must have `remaining_tokens` >= 1.
 
     Args:
         pair: the models.
-        streams: the batch.
+        streams: the batch, at least one.
         clock: seconds; what a round took is told where it was one stream's alone.
+        together: chooses K for several streams at once; None: each one's own pace does.
     """
-    started_s = clock()
+    started_s, together = clock(), together if len(streams) > 1 else None
     drafters: list[Drafter] = [] if pair.draft is None else [ModelDrafter(pair.draft)]
-    drafted = propose([*drafters, SuffixDrafter()], streams)
+    drafted = propose([*drafters, SuffixDrafter()], streams, together)
     jobs = []
     for stream, one in zip(streams, drafted, strict=True):
         start, k = stream.emitted_tokens, one.proposal.num_tokens
@@ -117,11 +122,16 @@ def run_round(
             )
         )
     verdicts = pair.target.verify(jobs)
-    together = zip(streams, drafted, verdicts, strict=True)
-    outcomes = [_settle(stream, one, verdict) for stream, one, verdict in together]
-    seconds = clock() - started_s if len(streams) == 1 else None
+    settled = zip(streams, drafted, verdicts, strict=True)
+    outcomes = [_settle(stream, one, verdict) for stream, one, verdict in settled]
+    took_s = clock() - started_s
+    if together is not None:
+        together.observe(took_s)
+    seconds = took_s if len(streams) == 1 else None
     for stream, one, outcome in zip(streams, drafted, outcomes, strict=True):
-        stream.pace.observe(_timed(one, outcome, seconds))
+        stream.pace.observe(
+            _timed(one, outcome, seconds, together=together is not None and not stream.pace.apart)
+        )
     return [replace(outcome, seconds=seconds) for outcome in outcomes]
 
 
@@ -134,7 +144,7 @@ def decode(pair: Pair, stream: Stream, clock: Callable[[], float] = time.perf_co
         yield outcome
 
 
-def _timed(drafted: Drafted, outcome: Round, seconds: float | None) -> Timed:
+def _timed(drafted: Drafted, outcome: Round, seconds: float | None, *, together: bool) -> Timed:
     k, offer = drafted.proposal.num_tokens, drafted.offer
     return Timed(
         num_draft_tokens=k,
@@ -142,6 +152,7 @@ def _timed(drafted: Drafted, outcome: Round, seconds: float | None) -> Timed:
         backlog_tokens=offer.backlog_tokens if k and offer else 0,
         alphas=outcome.alphas,
         seconds=seconds,
+        together=together,
     )
 
 

@@ -67,6 +67,7 @@ class Timed:
         backlog_tokens: what the draft had to read first, beyond what it always reads.
         alphas: of the tested positions.
         seconds: the whole round; None where others shared it.
+        together: K was chosen for several streams at once.
     """
 
     num_draft_tokens: int
@@ -74,10 +75,20 @@ class Timed:
     backlog_tokens: int
     alphas: tuple[float, ...]
     seconds: float | None
+    together: bool = False
 
 
 class Pace(Protocol):
     """Tells one answer how many tokens to draft next."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether K is chosen here also in a round that others share."""
+        ...
+
+    def chances(self, count: int) -> list[float]:
+        """Of the draft model's first `count` drafts: i is kept with chances[i] if those before it were."""
+        ...
 
     def choose(self, cap: int, backlog_tokens: int, remaining_tokens: int) -> Choice:
         """K for the draft model.
@@ -105,8 +116,14 @@ class Pace(Protocol):
 class FixedPace:
     """K is constant: always the cap. Whatever drafts more than the draft model could goes before it."""
 
+    apart = True
+
     def __init__(self, num_draft_tokens: int) -> None:
         self._num_draft_tokens = num_draft_tokens
+
+    def chances(self, count: int) -> list[float]:
+        """See `Pace`."""
+        return [1.0] * count
 
     def choose(self, cap: int, backlog_tokens: int, remaining_tokens: int) -> Choice:  # noqa: ARG002
         """See `Pace`. Every round counts as a second, and every draft as kept."""
@@ -222,7 +239,9 @@ class Schedule:
         since.probes.abandon()
         own = since.acceptance.for_stream()
         fresh = repeatable or not self.answered
-        return AdaptivePace(self, num_draft_tokens, since.costs.now(), own, since.probes, fresh=fresh)
+        return AdaptivePace(
+            self, num_draft_tokens, since.costs.now(), own, since.probes, fresh=fresh, apart=repeatable
+        )
 
     def recall(self, rounds: Iterable[Sequence[float]]) -> None:
         """Begin with what was accepted in another process, by rounds: alphas of the tested positions."""
@@ -247,14 +266,25 @@ class AdaptivePace:
         probes: Probes,
         *,
         fresh: bool,
+        apart: bool,
     ) -> None:
         self._fresh = fresh
+        self._apart = apart
         self._schedule = schedule
         self._cap = cap
         self._prices = prices
         self._acceptance = acceptance
         self._probes = probes
         self._probing = False
+
+    @property
+    def apart(self) -> bool:
+        """See `Pace`. Where others' answers may not matter, neither may who is answered beside it."""
+        return self._apart
+
+    def chances(self, count: int) -> list[float]:
+        """See `Pace`."""
+        return self._acceptance.chances(min(count, self._cap))
 
     def choose(self, cap: int, backlog_tokens: int, remaining_tokens: int) -> Choice:
         """See `Pace`. Reading the backlog must pay within the tokens that remain."""
@@ -302,6 +332,8 @@ class AdaptivePace:
             self._schedule.acceptance.observe(timed.alphas)
         if timed.seconds is not None and not timed.backlog_tokens:
             self._schedule.costs.observe(timed.num_draft_tokens, timed.seconds, by_model=timed.by_model)
+        if timed.together:
+            return
         if self._probing and not timed.by_model:
             self._probes.postpone()
         if timed.num_draft_tokens:

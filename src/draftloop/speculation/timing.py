@@ -15,7 +15,7 @@ from draftloop.backends.base import NO_PROPOSAL, PrefillJob, Proposal, ProposeJo
 from draftloop.types import Rules, Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from draftloop.backends.base import Cache, Model
 
@@ -35,7 +35,7 @@ def time_proposals(
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
     """Seconds of each of `times` proposals of K tokens behind a short text, after one that does not count."""
-    propose = proposal_step(draft, filled_cache(draft, num_draft_tokens), num_draft_tokens, rules)
+    propose = proposal_step(draft, [filled_cache(draft, num_draft_tokens)], num_draft_tokens, rules)
     propose()
     seconds = []
     for _ in range(times):
@@ -54,18 +54,22 @@ def filled_cache(model: Model, room: int) -> Cache:
 
 
 def proposal_step(
-    draft: Model, cache: Cache, num_draft_tokens: int, rules: Rules, unread_tokens: int = 1
+    draft: Model, caches: Sequence[Cache], num_draft_tokens: int, rules: Rules, unread_tokens: int = 1
 ) -> Callable[[], Proposal]:
-    """Reads and drafts, waits for the device, and leaves the cache as it was."""
+    """Reads and drafts for a sequence in each cache, waits for the device, and leaves them as they were."""
     uniforms = np.zeros(num_draft_tokens, np.float32)
-    job = ProposeJob(cache, [1] * unread_tokens, num_draft_tokens, rules, uniforms, text=_own_tokens(draft))
+    text = _own_tokens(draft)
+    jobs = [
+        ProposeJob(cache, [1] * unread_tokens, num_draft_tokens, rules, uniforms, text) for cache in caches
+    ]
 
     def step() -> Proposal:
-        position = cache.position
-        proposal = draft.propose([job])[0]
+        positions = [cache.position for cache in caches]
+        *_, proposal = draft.propose(jobs)
         # A device works ahead of the host; reading a token waits for it.
         int(proposal.tokens[-1])
-        cache.trim(cache.position - position)
+        for cache, position in zip(caches, positions, strict=True):
+            cache.trim(cache.position - position)
         return proposal
 
     return step
@@ -83,27 +87,37 @@ def _own_tokens(draft: Model) -> list[int]:
 
 
 def verification_step(
-    target: Model, cache: Cache, num_draft_tokens: int, rules: Rules, *, drafted: Proposal, trace: bool
+    target: Model,
+    caches: Sequence[Cache],
+    num_draft_tokens: int,
+    rules: Rules,
+    *,
+    drafted: Proposal,
+    trace: bool,
 ) -> Callable[[], None]:
-    """Verifies K tokens, the first of `drafted` where it has as many, and leaves the cache as it was."""
+    """Verifies K tokens, the first of `drafted` where it has as many, for a sequence in each cache."""
     k = num_draft_tokens
     proposal = Proposal(tokens=(1,) * k, q=None, num_tokens=k) if k else NO_PROPOSAL
     if 0 < k <= drafted.num_tokens:
         q = None if drafted.q is None else drafted.q[:k]
         proposal = Proposal(tokens=drafted.tokens[:k], q=q, num_tokens=k)
-    job = VerifyJob(
-        cache=cache,
-        last=1,
-        proposal=proposal,
-        rules=rules,
-        accept_uniforms=np.zeros(k, np.float32),
-        extra_uniforms=np.zeros(k + 1, np.float32),
-        trace=trace,
-    )
+    jobs = [
+        VerifyJob(
+            cache=cache,
+            last=1,
+            proposal=proposal,
+            rules=rules,
+            accept_uniforms=np.zeros(k, np.float32),
+            extra_uniforms=np.zeros(k + 1, np.float32),
+            trace=trace,
+        )
+        for cache in caches
+    ]
 
     def step() -> None:
-        position = cache.position
-        target.verify([job])
-        cache.trim(cache.position - position)
+        positions = [cache.position for cache in caches]
+        target.verify(jobs)
+        for cache, position in zip(caches, positions, strict=True):
+            cache.trim(cache.position - position)
 
     return step

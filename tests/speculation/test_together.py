@@ -1,0 +1,187 @@
+"""One choice for several streams: the best plan there is, never below plain batching, and cheap probes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from draftloop.speculation.costs import RoundCosts
+from draftloop.speculation.schedule import PROBE_SHARE, Schedule, best_choice
+from draftloop.speculation.together import Prospect, TogetherPace, best_plan
+
+CHANCES = st.floats(0, 1)
+PACKED = RoundCosts(
+    ((1, 0.045), (2, 0.047), (4, 0.053), (8, 0.070), (16, 0.130), (32, 0.260)),
+    draft_s=0.015,
+    draft_round_s=0.001,
+    read_s=0.001,
+    verify_more_s=0.001,
+    draft_more_s=0.001,
+)
+"""A CPU that reads the weights once for eight rows, and is bound by arithmetic beyond."""
+HOPELESS = RoundCosts(((1, 0.01), (64, 0.64)), 0.01, 0.0, 0.002, draft_more_s=0.01)
+
+
+@st.composite
+def costs(draw):
+    steps = draw(st.lists(st.floats(0, 0.2), min_size=1, max_size=9))
+    verify_s = np.cumsum([draw(st.floats(1e-3, 1)), *steps])
+    draft_s = draw(st.floats(1e-3, 1))
+    return RoundCosts(
+        tuple((width, float(seconds)) for width, seconds in enumerate(verify_s, start=1)),
+        draft_s=draft_s,
+        draft_round_s=draw(st.floats(0, 0.1)),
+        read_s=0.0,
+        verify_more_s=draw(st.floats(0, 0.1)),
+        draft_more_s=draw(st.floats(0, 1)) * draft_s,
+    )
+
+
+def rate(prices, prospects, ks):
+    tokens = sum(
+        1 + sum(float(np.prod(one.chances[:i])) for i in range(1, k + 1))
+        for one, k in zip(prospects, ks, strict=True)
+    )
+    asked = [k for one, k in zip(prospects, ks, strict=True) if one.by_model]
+    drafting = [sum(k > step for k in asked) for step in range(max(asked, default=0))]
+    return tokens / prices.shared_s(len(ks) + sum(ks), len(ks), drafting)
+
+
+@settings(deadline=None)
+@given(costs(), st.lists(st.lists(CHANCES, max_size=3), min_size=1, max_size=3))
+def test_no_other_plan_of_the_drafts_has_more_tokens_a_second(prices, chances):
+    prospects = [Prospect(tuple(one)) for one in chances]
+    plain = best_plan(prices, prospects, with_model=False)
+    assert not any(plain.num_draft_tokens)
+    assert plain.tokens_per_s == pytest.approx(rate(prices, prospects, plain.num_draft_tokens))
+    drafting = best_plan(prices, prospects, with_model=True)
+    every = list(product(*(range(len(one) + 1) for one in chances)))
+    best = max(rate(prices, prospects, ks) for ks in every if any(ks) or len(every) == 1)
+    assert drafting.tokens_per_s == pytest.approx(best)
+    assert rate(prices, prospects, drafting.num_draft_tokens) == pytest.approx(best)
+
+
+@given(costs(), st.lists(CHANCES, min_size=1, max_size=8))
+def test_of_one_stream_it_is_that_streams_own_choice(prices, chances):
+    for by_model in (True, False):
+        plan = best_plan(prices, [Prospect(tuple(chances), by_model=by_model)], with_model=by_model)
+        own = best_choice(prices, chances, by_model=by_model, least=int(by_model))
+        assert plan.tokens_per_s == pytest.approx(own.tokens_per_s)
+
+
+@settings(deadline=None)
+@given(
+    costs(),
+    st.lists(st.tuples(st.lists(CHANCES, max_size=6), st.booleans(), st.booleans()), min_size=1, max_size=6),
+)
+def test_what_others_settled_stays_and_is_paid_for(prices, given_):
+    prospects = [Prospect(tuple(c), by_model=model, settled=settled) for c, model, settled in given_]
+    least = [len(one.chances) if one.settled else 0 for one in prospects]
+    for with_model in (False, True):
+        plan = best_plan(prices, prospects, with_model=with_model)
+        for one, k, settled_k in zip(prospects, plan.num_draft_tokens, least, strict=True):
+            assert settled_k <= k <= len(one.chances)
+            assert k == settled_k or (not one.settled and (with_model or not one.by_model))
+        assert plan.tokens_per_s == pytest.approx(rate(prices, prospects, plan.num_draft_tokens))
+    assert best_plan(prices, prospects, with_model=False).tokens_per_s >= rate(prices, prospects, least) * (
+        1 - 1e-9
+    )
+
+
+def test_the_likelier_stream_drafts_more():
+    plan = best_plan(PACKED, [Prospect((0.95,) * 4), Prospect((0.1,) * 4)], with_model=True)
+    assert plan.num_draft_tokens[0] > plan.num_draft_tokens[1]
+
+
+def test_k_shrinks_as_the_batch_grows():
+    ks = []
+    for count in (1, 2, 4, 8, 16):
+        prospects = [Prospect((0.8,) * 4)] * count
+        plans = [best_plan(PACKED, prospects, with_model=asked) for asked in (False, True)]
+        ks.append(sum(max(plans, key=lambda plan: plan.tokens_per_s).num_draft_tokens) / count)
+    assert ks == sorted(ks, reverse=True)
+    assert ks[0] >= 2
+    assert ks[-1] < 1
+
+
+def test_who_lags_drafts_only_to_be_probed():
+    pace = TogetherPace(Schedule(PACKED))
+    ready, lagging = Prospect((0.9,) * 4), Prospect((0.9,) * 4, backlog_tokens=900, lags=True)
+    plan = pace.choose([lagging, ready])
+    assert plan.num_draft_tokens[0] == 0
+    assert plan.num_draft_tokens[1] > 0
+    # An allowance of eight rounds pays for a short backlog, and for no long one.
+    assert not any(pace.choose([lagging, lagging]).num_draft_tokens)
+    short = Prospect((0.9,) * 4, backlog_tokens=9, lags=True)
+    plan = pace.choose([lagging, short])
+    assert plan.num_draft_tokens[0] == 0
+    assert plan.num_draft_tokens[1] > 0
+    assert plan.reads_backlog
+
+
+class Machine:
+    """Serves a batch with costs and acceptance of its own; what is believed may be wrong."""
+
+    def __init__(self, true, alpha, count):
+        self.true, self.alpha, self.count = true, alpha, count
+        self.random = np.random.default_rng(3)
+        self.seconds = self.tokens = 0.0
+        self.drafting_rounds = self.rounds = 0
+
+    def serve(self, pace, rounds, cap=4):
+        prospects = [Prospect((self.alpha,) * cap)] * self.count
+        for _ in range(rounds):
+            ks = pace.choose(prospects).num_draft_tokens
+            drafting = [sum(k > step for k in ks) for step in range(max(ks))]
+            seconds = self.true.shared_s(self.count + sum(ks), self.count, drafting)
+            pace.observe(seconds)
+            self.seconds += seconds
+            for k in ks:
+                kept = self.random.random(k) < self.alpha
+                self.tokens += 1 + (k if kept.all() else int(kept.argmin()))
+            self.rounds += 1
+            self.drafting_rounds += any(ks)
+        return self
+
+    @property
+    def speed(self):
+        """Against plain batching."""
+        plain_s = self.true.shared_s(self.count, self.count, ())
+        return self.tokens / self.count * plain_s / self.seconds
+
+
+@pytest.mark.parametrize("count", [2, 4, 16])
+@pytest.mark.parametrize("alpha", [0.1, 0.6, 0.9])
+@pytest.mark.parametrize("true", [PACKED, HOPELESS])
+def test_it_is_never_slower_than_plain_batching_but_for_the_probes(true, alpha, count):
+    machine = Machine(true, alpha, count).serve(TogetherPace(Schedule(true)), 1500)
+    assert machine.speed > 1 - 2 * PROBE_SHARE
+
+
+@pytest.mark.parametrize("wrong", [0.2, 5.0])
+def test_what_the_calibration_got_wrong_is_learnt(wrong):
+    """The draft's cost is believed to be a fifth, or five times what it is."""
+    count = 4
+    believed = replace(
+        PACKED, draft_s=PACKED.draft_s * wrong, draft_round_s=0.0, draft_more_s=PACKED.draft_more_s * wrong
+    )
+    for true, alpha in ((PACKED, 0.3), (PACKED, 0.95)):
+        pace = TogetherPace(Schedule(believed))
+        Machine(true, alpha, count).serve(pace, 1500)
+        late = Machine(true, alpha, count).serve(pace, 1500)
+        right = Machine(true, alpha, count).serve(TogetherPace(Schedule(true)), 1500)
+        assert late.speed > 0.93 * right.speed
+        assert late.speed > 1 - 2 * PROBE_SHARE
+
+
+def test_a_draft_that_never_pays_is_asked_ever_less():
+    pace = TogetherPace(Schedule(HOPELESS))
+    first = Machine(HOPELESS, 0.9, 4).serve(pace, 200)
+    later = Machine(HOPELESS, 0.9, 4).serve(pace, 2000)
+    assert first.drafting_rounds > 0
+    assert 0 < later.drafting_rounds < 2000 * 0.05
