@@ -72,6 +72,18 @@ def part(memory_plan: MemoryPlan, label: str) -> int:
     return found
 
 
+def test_so_many_answers_are_made_together_as_their_caches_fit():
+    config = load_config([], ["memory.answers_at_once=8"]).config
+    plan = plan_memory(TARGET, DRAFT, config, 64 * GIB, num_suffix_tokens=0)
+    caches = kv_cache_bytes(TARGET, 4096) + kv_cache_bytes(DRAFT, 4096)
+    assert caches < plan.answer_bytes < 1.2 * caches
+    assert plan.answers_at_once(8) == 8
+    tight = replace(plan, available_bytes=plan.generation_bytes + 2 * plan.answer_bytes)
+    assert tight.answers_at_once(8) == 3
+    assert tight.answers_at_once(2) == 2
+    assert replace(plan, available_bytes=0).answers_at_once(8) == 1
+
+
 def test_weights_are_the_model_cards_parameters() -> None:
     assert weight_bytes(DRAFT) == 2 * 494_032_768
     assert weight_bytes(TARGET) == 2 * 3_085_938_688

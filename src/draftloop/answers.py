@@ -81,7 +81,7 @@ class Completion:
         cached_tokens: how many of them the target's cache held, of this conversation or of a past text.
         tally: rounds, drafted and accepted tokens, alpha and tau.
         prompt_s: seconds spent on reading the prompt.
-        decode_s: seconds spent on the rounds.
+        decode_s: seconds spent on the rounds; of a round that others shared, an equal part.
         seed: the one used.
         adapter: the draft's adapter; None is the bare draft.
         traces: one for each round where the request asked for them.
@@ -115,6 +115,13 @@ class RoundDone:
     """
 
     outcome: Round
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The end of an answer of a batch that could not be made."""
+
+    error: Exception
 
 
 Event = PromptProgress | TextPiece | RoundDone | Completion

@@ -13,33 +13,36 @@ import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from draftloop.answers import Answer, Completion, Event, PromptProgress, Request, RoundDone, TextPiece
+from draftloop.answers import (
+    Answer,
+    Completion,
+    Event,
+    Failed,
+    PromptProgress,
+    Request,
+    RoundDone,
+    TextPiece,
+)
 from draftloop.backends.lora import AdapterForm
-from draftloop.errors import InputError
-from draftloop.learning.recorder import CANCELLED, Answered
+from draftloop.batch import Batch, Member
+from draftloop.bookkeeping import Bookkeeping
+from draftloop.errors import DraftloopError, InputError
 from draftloop.models.text import TextStream
 from draftloop.speculation.experience import Experience
-from draftloop.speculation.round import decode
-from draftloop.speculation.stream import (
-    Conversation,
-    DecodeSettings,
-    Pair,
-    check_fits,
-    read_prompt,
-)
+from draftloop.speculation.stream import Conversation, DecodeSettings, Pair
 from draftloop.speculation.suffix import SuffixIndex
+from draftloop.speculation.together import TogetherPace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator
     from contextlib import AbstractContextManager
 
     from draftloop.backends.base import Backend
-    from draftloop.learning.deployment import ActiveAdapter, Deployed
+    from draftloop.learning.deployment import ActiveAdapter, Change, Deployed
     from draftloop.learning.recorder import Recorder
     from draftloop.models.tokenizer import Tokenizer
     from draftloop.speculation.prefixes import PrefixCache
     from draftloop.speculation.schedule import Schedule
-    from draftloop.speculation.stream import Stream
 
 __all__ = ["Completion", "Engine", "Event", "PromptProgress", "Request", "RoundDone", "TextPiece"]
 
@@ -60,6 +63,7 @@ class Engine:
         schedule: chooses K round by round; without one each round drafts as many as the request says.
         suffixes: remembers what was written, for suffix matches; None looks in each text alone.
         answering: is entered while something is answered (`learning.yielding.Answering`).
+        most_together: answers that a batch makes at a time, at most: what the memory plan has room for.
     """
 
     def __init__(
@@ -75,23 +79,25 @@ class Engine:
         schedule: Schedule | None = None,
         suffixes: SuffixIndex | None = None,
         answering: Callable[[], AbstractContextManager[None]] = nullcontext,
+        most_together: int = 1,
     ) -> None:
         self.backend = backend
         self.answering = answering
         self.pair = pair
         self.tokenizer = tokenizer
         self.adapter: str | None = None
-        self._recorder = recorder
-        self._active_adapter = active_adapter
-        self._prefixes = prefixes
         self.experience = Experience(schedule, suffixes or SuffixIndex(0))
-        self._cache_clear_frequency = cache_clear_frequency
-        self._answers = 0
+        self.most_together = most_together
+        self._active_adapter = active_adapter
+        self._change: Change | None = None
+        """To be worn when nobody is being answered."""
+        self._books = Bookkeeping(backend, cache_clear_frequency, recorder, prefixes)
 
     @property
     def prefix_cache_bytes(self) -> int:
         """What is kept of past texts."""
-        return 0 if self._prefixes is None else self._prefixes.num_bytes
+        prefixes = self._books.prefixes
+        return 0 if prefixes is None else prefixes.num_bytes
 
     def open_conversation(self) -> Conversation:
         """Empty caches for a conversation of several turns."""
@@ -105,7 +111,8 @@ class Engine:
         """
         if self._active_adapter is None or self.pair.draft is None:
             return
-        change = self._active_adapter.changed()
+        change = self._change or self._active_adapter.changed()
+        self._change = None
         if change is not None:
             self.wear(change.deployed)
 
@@ -143,15 +150,44 @@ class Engine:
             InputError: `max_tokens` below 1.
             ContextFull: the prompt leaves no room for an answer.
         """
+        with self.batch(1) as batch:
+            batch.join(request, conversation, experience)
+            while batch.members:
+                for _, event in batch.step():
+                    if isinstance(event, Failed):
+                        raise event.error
+                    yield event
+
+    def batch(self, most: int | None = None, clock: Callable[[], float] = time.perf_counter) -> Batch:
+        """Where several requests are answered together; `stream` is the case of one.
+
+        Args:
+            most: answers at a time; None is what the memory plan has room for.
+            clock: seconds.
+        """
+        schedule = self.experience.schedule
+        return Batch(
+            self.pair,
+            self._begin,
+            self._adapter_waits,
+            together=None if schedule is None else TogetherPace(schedule),
+            most=self.most_together if most is None else most,
+            clock=clock,
+        )
+
+    def _begin(
+        self,
+        request: Request,
+        conversation: Conversation | None,
+        experience: Experience | None,
+        alone: bool,
+    ) -> Member:
+        """Open one answer; where nobody else is being answered, the draft may change its adapter before."""
         if request.max_tokens < 1:
             raise InputError(f"max_tokens is {request.max_tokens}", remedy="Ask for at least 1 token.")
-        with self.answering():
-            yield from self._answered(request, conversation or self.open_conversation(), experience)
-
-    def _answered(
-        self, request: Request, conversation: Conversation, experience: Experience | None
-    ) -> Iterator[Event]:
-        self.follow_adapter()
+        if alone:
+            self.follow_adapter()
+        conversation = conversation or self.open_conversation()
         if conversation.adapter != self.adapter:
             conversation.forget_draft(self.adapter)
         settings = self._decode_settings(request)
@@ -162,78 +198,16 @@ class Engine:
             num_suffix_tokens=request.num_suffix_tokens,
             repeatable=request.repeatable and request.seed is not None and not request.sampling.greedy,
         )
-        try:
-            yield from self._read(answer, stream)
-            yield from self._rounds(answer, stream)
-            completion = answer.completion()
-            self._record(answer, completion.finish_reason.value)
-            self._keep(conversation)
-            yield completion
-        except (GeneratorExit, KeyboardInterrupt) as gone:
-            self._record(answer, CANCELLED)
-            if isinstance(gone, GeneratorExit):
-                # It comes between two events, where the caches are whole; Ctrl-C comes anywhere.
-                self._keep(conversation)
-            raise
-        finally:
-            if stream.suffix is not None:
-                stream.suffix.finish(answer.token_ids)
-            self._count_answer()
+        return Member(self.pair, answer, stream, self._books, self.answering())
 
-    def _read(self, answer: Answer, stream: Stream) -> Iterator[Event]:
-        prompt = answer.request.prompt_tokens
-        started_s, total, cached = time.perf_counter(), len(prompt), None
-
-        def draft_reads(backlog_tokens: int) -> bool:
-            return stream.pace.reads_along(backlog_tokens, answer.settings.max_tokens)
-
-        if self._prefixes is not None:
-            check_fits(total, stream.conversation.max_tokens)
-            self._prefixes.resume(stream.conversation, prompt)
-        for done in read_prompt(self.pair, stream.conversation, prompt, draft_reads):
-            cached = done if cached is None else cached
-            if stream.suffix is not None:
-                stream.suffix.read(prompt, done)
-            yield PromptProgress(done, total)
-        answer.cached_tokens = cached or 0
-        answer.prompt_s = time.perf_counter() - started_s
-
-    def _rounds(self, answer: Answer, stream: Stream) -> Iterator[Event]:
-        resumed_s = time.perf_counter()
-        for outcome in decode(self.pair, stream):
-            pieces = list(answer.take(outcome))
-            # What the reader of the events does with them is not the models' time.
-            answer.decode_s += time.perf_counter() - resumed_s
-            logger.debug("round: %s", outcome.summary)
-            yield from pieces
-            yield RoundDone(outcome)
-            if answer.stopped:
-                break
-            resumed_s = time.perf_counter()
-        yield from answer.end()
-
-    def _keep(self, conversation: Conversation) -> None:
-        if self._prefixes is not None:
-            self._prefixes.keep(conversation)
-
-    def _record(self, answer: Answer, finish_reason: str) -> None:
-        """Store the answer, once, where the request wants it and there is something to store."""
-        provenance = answer.request.provenance
-        if self._recorder is None or provenance is None or answer.recorded or not answer.rounds:
-            return
-        answer.recorded = True
-        self._recorder.record(
-            Answered(
-                provenance=provenance,
-                prompt_tokens=answer.request.prompt_tokens,
-                settings=answer.settings,
-                rounds=answer.rounds,
-                finish_reason=finish_reason,
-                adapter=answer.adapter,
-                prompt_s=answer.prompt_s,
-                decode_s=answer.decode_s,
-            )
-        )
+    def _adapter_waits(self) -> bool:
+        """Whether there is another adapter to wear; one that is damaged costs nobody an answer."""
+        if self._change is None and self._active_adapter is not None and self.pair.draft is not None:
+            try:
+                self._change = self._active_adapter.changed()
+            except DraftloopError as error:
+                logger.warning("the draft goes on with what it wears: %s", error)
+        return self._change is not None
 
     def complete(
         self,
@@ -255,10 +229,5 @@ class Engine:
             eos_token_ids=frozenset(self.tokenizer.eos_token_ids),
             num_draft_tokens=request.num_draft_tokens,
             seed=secrets.randbits(32) if request.seed is None else request.seed,
-            trace=request.trace or (self._recorder is not None and request.provenance is not None),
+            trace=request.trace or self._books.records(request),
         )
-
-    def _count_answer(self) -> None:
-        self._answers += 1
-        if self._answers % self._cache_clear_frequency == 0:
-            self.backend.clear_cache()

@@ -194,6 +194,7 @@ def load_prepared(
         prefixes=PrefixCache(MEGABYTE * config.memory.prefix_cache_megabytes),
         schedule=schedule,
         suffixes=_suffixes(config, store if recorder else None),
+        most_together=prepared.plan.answers_at_once(config.memory.answers_at_once),
         answering=answering,
     )
     if store is not None and adapter not in (ACTIVE, NONE):

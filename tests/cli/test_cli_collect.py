@@ -9,7 +9,7 @@ import pytest
 from cli_runner import settings
 from cli_store import add_adapter, stored_requests
 
-from draftloop.engine import Engine
+from draftloop.batch import Batch
 
 DATA = Path("data")
 TEXTS = ("one", "two", "three", "four", "five")
@@ -38,7 +38,7 @@ def test_each_prompt_is_answered_and_stored(collect, draftloop, toys_on_numpy, p
     figures = collect("--prompts", prompts, "--temperature", 0, "--json").json
     records = stored_requests(DATA)
     assert figures["prompts"] == figures["answered"] == len(records) == 5
-    assert [record.domain == "count" for record in records] == [True, True, True, False, False]
+    assert sorted(record.domain == "count" for record in records) == [False, False, True, True, True]
     assert {record.source for record in records} == {"collect"}
     assert len({record.key for record in records}) == 5
     assert figures["completion_tokens"] == sum(len(record.answer_tokens) for record in records)
@@ -53,7 +53,9 @@ def test_each_prompt_is_answered_and_stored(collect, draftloop, toys_on_numpy, p
         draftloop(*toys_on_numpy, "generate", text, "--temperature", 0, "--no-collect", "--json").json
         for text in TEXTS
     ]
-    assert [tuple(record.answer_tokens) for record in records] == [tuple(a["token_ids"]) for a in alone]
+    # They are made together and stored as they end.
+    told = sorted(tuple(record.answer_tokens) for record in records)
+    assert told == sorted(tuple(one["token_ids"]) for one in alone)
 
 
 def test_the_summary_says_what_waits_and_what_is_next(collect, prompts):
@@ -133,15 +135,15 @@ def test_nothing_is_loaded_where_everything_is_stored(collect, prompts, monkeypa
 def test_ctrl_c_ends_after_the_answer_and_the_same_command_goes_on(collect, prompts, monkeypatch, as_json):
     import signal
 
-    complete, done = Engine.complete, []
+    join, joined = Batch.join, []
 
-    def press_in_the_second(engine, request, conversation=None):
-        done.append(request)
-        if len(done) == 2:
+    def press_at_the_second(batch, request, conversation=None):
+        joined.append(request)
+        if len(joined) == 2:
             signal.raise_signal(signal.SIGINT)
-        return complete(engine, request, conversation)
+        return join(batch, request, conversation)
 
-    monkeypatch.setattr(Engine, "complete", press_in_the_second)
+    monkeypatch.setattr(Batch, "join", press_at_the_second)
     stopped = collect("--prompts", prompts, *(["--json"] if as_json else []))
     assert stopped.exit_status == 130
     assert "goes on from there" in stopped.err
@@ -155,36 +157,32 @@ def test_ctrl_c_ends_after_the_answer_and_the_same_command_goes_on(collect, prom
 def test_a_second_ctrl_c_does_not_wait(collect, prompts, monkeypatch):
     import signal
 
-    stream = Engine.stream
+    step, steps = Batch.step, []
 
-    def impatient(engine, *args):
-        events = stream(engine, *args)
-        for number, event in enumerate(events):
-            if number == 5:
-                signal.raise_signal(signal.SIGINT)
-                try:
-                    signal.raise_signal(signal.SIGINT)
-                except KeyboardInterrupt:
-                    events.throw(KeyboardInterrupt)
-            yield event
+    def impatient(batch):
+        steps.append(batch)
+        if len(steps) == 4:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return step(batch)
 
-    monkeypatch.setattr(Engine, "stream", impatient)
+    monkeypatch.setattr(Batch, "step", impatient)
     assert collect("--prompts", prompts, "--min-tokens", 12).exit_status == 130
-    (record,) = stored_requests(DATA)
-    assert (record.finish_reason, record.key) == ("cancelled", None)
+    told = {(record.finish_reason, record.key) for record in stored_requests(DATA)}
+    assert told == {("cancelled", None)}
 
 
 def test_it_goes_on_where_ctrl_c_ended_it(collect, prompts, monkeypatch):
     import signal
 
-    complete = Engine.complete
+    join = Batch.join
 
-    def press(engine, request, conversation=None):
+    def press(batch, request, conversation=None):
         signal.raise_signal(signal.SIGINT)
-        return complete(engine, request, conversation)
+        return join(batch, request, conversation)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "complete", press)
+        patch.setattr(Batch, "join", press)
         collect("--prompts", prompts)
     rest = collect("--prompts", prompts, "--json").json
     assert (rest["collected_before"], rest["answered"], rest["interrupted"]) == (1, 4, False)

@@ -7,6 +7,7 @@ stopped goes on where it was. Must not know how an answer is made or stored.
 from __future__ import annotations
 
 import json
+from collections import deque
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from draftloop.engine import Completion, Engine, Request
     from draftloop.learning.selection import Selection
+    from draftloop.speculation.stream import Conversation
     from draftloop.storage.store import Store
 
 INTERRUPTED = 130
@@ -148,20 +150,28 @@ class _Run:
 
 
 def _answer(engine: Engine, requests: Sequence[Request]) -> tuple[tuple[Completion, ...], bool]:
-    """The answers, and whether Ctrl-C ended the work before its end."""
-    completions: list[Completion] = []
-    # One conversation: what the prompts begin with alike, the system message above all, is read once.
-    conversation = engine.open_conversation()
+    """The answers, made together as far as there is room, and whether Ctrl-C ended the work early."""
+    from draftloop.answers import Completion, Failed
+
+    waiting, completions = deque(requests), []
+    # Used again: what the prompts begin with alike, the system message above all, is read once in each.
+    conversations: list[Conversation] = []
     with (
         counting("collecting", len(requests), shown=True, lines=True) as counter,
-        interrupt_as_flag(lambda: say("stopping after this answer; Ctrl-C again stops now")) as stop_wanted,
+        interrupt_as_flag(lambda: say("stopping after these answers; Ctrl-C again stops now")) as stop_wanted,
+        engine.batch() as batch,
     ):
-        for request in requests:
-            completions.append(engine.complete(request, conversation))
-            tally, _ = total(completions)
-            counter.advance(f"alpha {shown(tally.alpha, 2)} · tau {shown(tally.tau, 2)}")
-            if stop_wanted.is_set():
-                break
+        while batch.members or (waiting and not stop_wanted.is_set()):
+            while waiting and batch.places and not stop_wanted.is_set():
+                batch.join(waiting.popleft(), conversations.pop() if conversations else None)
+            for member, event in batch.step():
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, Completion):
+                    conversations.append(member.stream.conversation)
+                    completions.append(event)
+                    tally, _ = total(completions)
+                    counter.advance(f"alpha {shown(tally.alpha, 2)} · tau {shown(tally.tau, 2)}")
     return tuple(completions), len(completions) < len(requests)
 
 

@@ -157,6 +157,7 @@ class MemorySettings(Settings):
     gradient_checkpointing: bool = True
     cache_clear_frequency: Count = 10
     prefix_cache_megabytes: CountOrNone = 256
+    answers_at_once: Count = 8
 
 
 class GenerationSettings(Settings):

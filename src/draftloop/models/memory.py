@@ -86,6 +86,7 @@ class MemoryPlan:
         generation_advice: what helps most where generating does not fit.
         training_advice: the same for training.
         combined_advice: the same for training while the pair generates.
+        answer_bytes: what each answer takes that is made beside the first.
     """
 
     parts: tuple[Part, ...]
@@ -93,6 +94,12 @@ class MemoryPlan:
     generation_advice: str
     training_advice: str
     combined_advice: str
+    answer_bytes: int
+
+    def answers_at_once(self, most: int) -> int:
+        """How many answers can be made together, 1 to `most`."""
+        spare = max(0, self.available_bytes - self.generation_bytes)
+        return min(most, 1 + spare // self.answer_bytes)
 
     @property
     def generation_bytes(self) -> int:
@@ -200,6 +207,7 @@ def plan_memory(
         generation_advice=advised(True, False),
         training_advice=advised(False, True),
         combined_advice=advised(True, True),
+        answer_bytes=answer_bytes(target, draft, config),
     )
 
 
@@ -253,6 +261,15 @@ def cut_head_bytes(draft: Architecture, config: Config) -> int:
 def kv_cache_bytes(architecture: Architecture, max_kv_cache_tokens: int) -> int:
     """2 bytes for each key and value of each layer and token (`Architecture.kv_values_per_token`)."""
     return KV_BYTES * architecture.kv_values_per_token * max_kv_cache_tokens
+
+
+def answer_bytes(target: Architecture, draft: Architecture | None, config: Config) -> int:
+    """An answer's own part of a shared round: both KV caches, and K + 1 rows of logits (4 float32 copies)."""
+    models = config.models
+    num_bytes = kv_cache_bytes(target, models.target.max_kv_cache_tokens)
+    if draft is not None:
+        num_bytes += kv_cache_bytes(draft, models.draft.max_kv_cache_tokens)
+    return num_bytes + 4 * (config.speculative.num_draft_tokens + 1) * target.vocab_size * LOGIT_COPIES
 
 
 def generation_scratch_bytes(architecture: Architecture, num_rows: int, max_kv_cache_tokens: int) -> int:

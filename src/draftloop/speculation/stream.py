@@ -146,10 +146,8 @@ def check_fits(prompt_tokens: int, max_tokens: int) -> None:
         )
 
 
-def read_prompt(
-    pair: Pair, conversation: Conversation, prompt: Sequence[int], wanted: Callable[[int], bool] | None = None
-) -> Iterator[int]:
-    """Bring both caches to `prompt`, reusing the beginning they already hold.
+class PromptReading:
+    """Brings both caches to a prompt, piece by piece, reusing the beginning they already hold.
 
     The target reads all but the last token. The draft reads along as far as its own cap allows; where
     it cannot follow, the target goes on alone.
@@ -161,30 +159,62 @@ def read_prompt(
         wanted: told how many tokens the draft lacks; where it says no, the draft reads nothing now, and
             catches up when it is asked. None: the draft reads along.
 
-    Yields:
-        How many of the prompt's tokens the target's cache holds, after each piece.
-
     Raises:
         ContextFull: the prompt leaves no room for an answer.
     """
-    check_fits(len(prompt), conversation.max_tokens)
-    shared = common_prefix(conversation.tokens, prompt)
-    conversation.settle(min(shared + 1, len(prompt), len(conversation.tokens)))
-    conversation.tokens = list(prompt)
-    models = [(pair.target, conversation.target_cache)]
-    draft_cache = conversation.draft_cache
-    reads = draft_cache is not None and (wanted is None or wanted(len(prompt) - draft_cache.position))
-    if pair.draft is not None and draft_cache is not None and reads:
-        models.append((pair.draft, draft_cache))
-    end = len(prompt) - 1
-    yield conversation.target_cache.position
-    for start in range(min(cache.position for _, cache in models), end, PREFILL_CHUNK_TOKENS):
-        stop = min(start + PREFILL_CHUNK_TOKENS, end)
-        for model, cache in models:
-            piece = prompt[cache.position : min(stop, cache.max_tokens)]
+
+    def __init__(
+        self,
+        pair: Pair,
+        conversation: Conversation,
+        prompt: Sequence[int],
+        wanted: Callable[[int], bool] | None = None,
+    ) -> None:
+        check_fits(len(prompt), conversation.max_tokens)
+        shared = common_prefix(conversation.tokens, prompt)
+        conversation.settle(min(shared + 1, len(prompt), len(conversation.tokens)))
+        conversation.tokens = list(prompt)
+        self._prompt, self._target_cache = prompt, conversation.target_cache
+        self._models = [(pair.target, conversation.target_cache)]
+        draft_cache = conversation.draft_cache
+        reads = draft_cache is not None and (wanted is None or wanted(len(prompt) - draft_cache.position))
+        if pair.draft is not None and draft_cache is not None and reads:
+            self._models.append((pair.draft, draft_cache))
+        self._next, self._end = min(cache.position for _, cache in self._models), len(prompt) - 1
+
+    @property
+    def done_tokens(self) -> int:
+        """How many of the prompt's tokens the target's cache holds."""
+        return self._target_cache.position
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to read."""
+        return self._next >= self._end
+
+    def read(self, num_tokens: int = PREFILL_CHUNK_TOKENS) -> None:
+        """Read the next piece."""
+        stop = min(self._next + num_tokens, self._end)
+        for model, cache in self._models:
+            piece = self._prompt[cache.position : min(stop, cache.max_tokens)]
             if piece:
                 model.prefill([PrefillJob(cache, piece)])
-        yield conversation.target_cache.position
+        self._next = stop
+
+
+def read_prompt(
+    pair: Pair, conversation: Conversation, prompt: Sequence[int], wanted: Callable[[int], bool] | None = None
+) -> Iterator[int]:
+    """Read a whole prompt; see `PromptReading`.
+
+    Yields:
+        How many of the prompt's tokens the target's cache holds, at first and after each piece.
+    """
+    reading = PromptReading(pair, conversation, prompt, wanted)
+    yield reading.done_tokens
+    while not reading.finished:
+        reading.read()
+        yield reading.done_tokens
 
 
 def common_prefix(a: Tokens, b: Tokens) -> int:

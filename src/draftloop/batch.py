@@ -1,0 +1,307 @@
+"""Several answers on their way, advanced together: who reads its prompt, and one round for all the others.
+
+Contract: answers join and leave between two steps. Each gets the text that it would get alone. An answer that
+fails ends alone, but for a round that failed: it was everybody's. A step may be left between any two of its
+events; what the others have not been told by then is lost. Must not know adapters, the store or a backend.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from draftloop.answers import Failed, PromptProgress, RoundDone
+from draftloop.learning.recorder import CANCELLED
+from draftloop.speculation.round import run_round
+from draftloop.speculation.stream import PREFILL_CHUNK_TOKENS, PromptReading, check_fits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+    from types import TracebackType
+
+    from draftloop.answers import Answer, Completion, Event, Request, TextPiece
+    from draftloop.bookkeeping import Bookkeeping
+    from draftloop.speculation.experience import Experience
+    from draftloop.speculation.round import Round
+    from draftloop.speculation.stream import Conversation, Pair, Stream
+    from draftloop.speculation.together import TogetherPace
+
+logger = logging.getLogger(__name__)
+
+FIRST_CHUNK_TOKENS, LEAST_CHUNK_TOKENS = 32, 8
+"""Of a prompt that is read between others' rounds: before it is known what reading takes, and at least."""
+
+
+class Member:
+    """One answer among others.
+
+    Attributes:
+        answer: as far as it is.
+        stream: its caches and its pace.
+        over: it was told its end, failed, or left.
+
+    Args:
+        pair: the models.
+        answer: nothing of it is there yet.
+        stream: of its conversation.
+        books: told what remains of it.
+        answering: entered until it is over.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        answer: Answer,
+        stream: Stream,
+        books: Bookkeeping,
+        answering: AbstractContextManager[None],
+    ) -> None:
+        self.answer = answer
+        self.stream = stream
+        self.over = False
+        self._pair = pair
+        self._books = books
+        self._reading: PromptReading | None = None
+        self._answering = ExitStack()
+        self._answering.enter_context(answering)
+
+    @property
+    def reads(self) -> bool:
+        """Whether there is still something of its prompt to read."""
+        return self._reading is None or not self._reading.finished
+
+    @property
+    def begun(self) -> bool:
+        """Whether it is known how much of its prompt the caches hold already."""
+        return self._reading is not None
+
+    @property
+    def done_tokens(self) -> int:
+        """How many of its prompt's tokens the target's cache holds."""
+        return 0 if self._reading is None else self._reading.done_tokens
+
+    def begin(self) -> PromptProgress:
+        """Take over what the caches, or the texts kept, hold of the prompt.
+
+        Raises:
+            ContextFull: the prompt leaves no room for an answer.
+        """
+        answer, conversation, started_s = self.answer, self.stream.conversation, time.perf_counter()
+        prompt = answer.request.prompt_tokens
+        check_fits(len(prompt), conversation.max_tokens)
+        self._books.resume(conversation, prompt)
+        self._reading = PromptReading(self._pair, conversation, prompt, self._draft_reads)
+        answer.cached_tokens = self._reading.done_tokens
+        answer.prompt_s += time.perf_counter() - started_s
+        return self._progress(self._reading)
+
+    def read(self, num_tokens: int) -> PromptProgress:
+        """Read the next piece of the prompt."""
+        if self._reading is None:
+            raise ValueError("a prompt is read before it was begun")
+        started_s = time.perf_counter()
+        self._reading.read(num_tokens)
+        self.answer.prompt_s += time.perf_counter() - started_s
+        return self._progress(self._reading)
+
+    def take(self, outcome: Round, seconds: float) -> list[TextPiece | RoundDone]:
+        """A round is over; so long is this answer's part of it."""
+        started_s = time.perf_counter()
+        pieces = list(self.answer.take(outcome))
+        # What the reader of the events does with them is not the models' time.
+        self.answer.decode_s += seconds + time.perf_counter() - started_s
+        logger.debug("round: %s", outcome.summary)
+        return [*pieces, RoundDone(outcome)]
+
+    @property
+    def said_all(self) -> bool:
+        """Whether its last round is over."""
+        rounds = self.answer.rounds
+        return self.answer.stopped or (bool(rounds) and rounds[-1].finish_reason is not None)
+
+    def finish(self) -> Iterator[TextPiece | Completion]:
+        """What was held back, and the end; the answer is stored before that one comes."""
+        yield from self.answer.end()
+        completion = self.answer.completion()
+        self._books.record(self.answer, completion.finish_reason.value)
+        self._books.keep(self.stream.conversation)
+        self.close()
+        yield completion
+
+    def break_off(self, *, whole: bool) -> None:
+        """Nobody waits for the rest: store what was said. Nothing happens where it is over.
+
+        Args:
+            whole: it is between two events, where the caches hold the text.
+        """
+        if self.over:
+            return
+        self._books.record(self.answer, CANCELLED)
+        if whole:
+            self._books.keep(self.stream.conversation)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of what an answer holds; once."""
+        if self.over:
+            return
+        self.over = True
+        if self.stream.suffix is not None:
+            self.stream.suffix.finish(self.answer.token_ids)
+        self._books.count()
+        self._answering.close()
+
+    def _draft_reads(self, backlog_tokens: int) -> bool:
+        return self.stream.pace.reads_along(backlog_tokens, self.answer.settings.max_tokens)
+
+    def _progress(self, reading: PromptReading) -> PromptProgress:
+        prompt = self.answer.request.prompt_tokens
+        if self.stream.suffix is not None:
+            self.stream.suffix.read(prompt, reading.done_tokens)
+        return PromptProgress(reading.done_tokens, len(prompt))
+
+
+class Batch:
+    """Answers that share rounds. Leaving it as a context breaks off who is not done.
+
+    Args:
+        pair: the models.
+        begin: opens an answer; told whether it is the only one, so that the draft may change its adapter.
+        held_up: whether nobody may join whom others are answered beside: an adapter waits to be worn.
+        together: chooses K for several streams at once; None: each one's own pace does.
+        most: answers at a time, at least 1.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        begin: Callable[[Request, Conversation | None, Experience | None, bool], Member],
+        held_up: Callable[[], bool],
+        *,
+        together: TogetherPace | None,
+        most: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._pair = pair
+        self._begin = begin
+        self._held_up = held_up
+        self._together = together
+        self._most = most
+        self._clock = clock
+        self._members: list[Member] = []
+        self._read_s: float | None = None
+        self._round_s = 0.0
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for member in self._members:
+            # Ctrl-C comes anywhere, everything else between two events or with the member's own end.
+            member.break_off(whole=kind is None or not issubclass(kind, KeyboardInterrupt))
+        self._members.clear()
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """Who is being answered, in the order in which they joined."""
+        return tuple(self._members)
+
+    @property
+    def places(self) -> int:
+        """How many more may join now; who finds none waits for somebody's end."""
+        if not self._members:
+            return self._most
+        return 0 if self._held_up() else self._most - len(self._members)
+
+    def join(
+        self,
+        request: Request,
+        conversation: Conversation | None = None,
+        experience: Experience | None = None,
+    ) -> Member:
+        """Answer one more from the next step on; see `Engine.stream`.
+
+        Raises:
+            InputError: the request asks what cannot be.
+            ValueError: there is no place.
+        """
+        if not self.places:
+            raise ValueError(f"{len(self._members)} answers are on their way, and no more may join")
+        member = self._begin(request, conversation, experience, not self._members)
+        self._members.append(member)
+        return member
+
+    def leave(self, member: Member) -> None:
+        """Break off between two events: what was said is stored. Nothing happens where it is over."""
+        member.break_off(whole=True)
+        self._forget()
+
+    def step(self) -> Iterator[tuple[Member, Event | Failed]]:
+        """Read one piece of one prompt, and run one round for everybody whose prompt is read.
+
+        Yields:
+            Each answer's events in their order, an answer's last one being its `Completion` or `Failed`.
+        """
+        reader = next((member for member in self._members if member.reads), None)
+        if reader is not None:
+            yield from self._read(reader)
+        active = [member for member in self._members if not member.reads]
+        if not active:
+            return
+        started_s = self._clock()
+        try:
+            outcomes = run_round(self._pair, [one.stream for one in active], self._clock, self._together)
+        except Exception as error:
+            for member in active:
+                member.close()
+            self._forget()
+            yield from ((member, Failed(error)) for member in active)
+            return
+        self._round_s = self._clock() - started_s
+        part_s = self._round_s / len(active)
+        told = [one.take(outcome, part_s) for one, outcome in zip(active, outcomes, strict=True)]
+        for member, events in zip(active, told, strict=True):
+            yield from ((member, event) for event in events)
+        for member in active:
+            if member.said_all and not member.over:
+                yield from ((member, event) for event in member.finish())
+        self._forget()
+
+    def _read(self, reader: Member) -> Iterator[tuple[Member, PromptProgress | Failed]]:
+        """What the caches held, and one piece, which is known to cost no more than the others' round."""
+        progress = None
+        if not reader.begun:
+            progress = self._told(reader, reader.begin)
+            yield reader, progress
+        if not isinstance(progress, Failed) and reader.reads and not reader.over:
+            num_tokens, before, started_s = self._chunk_tokens(), reader.done_tokens, self._clock()
+            progress = self._told(reader, lambda: reader.read(num_tokens))
+            if reader.done_tokens > before:
+                self._read_s = (self._clock() - started_s) / (reader.done_tokens - before)
+            yield reader, progress
+
+    def _told(self, reader: Member, work: Callable[[], PromptProgress]) -> PromptProgress | Failed:
+        try:
+            return work()
+        except Exception as error:
+            reader.close()
+            self._forget()
+            return Failed(error)
+
+    def _chunk_tokens(self) -> int:
+        """So many that the others' tokens come half as often at worst."""
+        if all(member.reads for member in self._members):
+            return PREFILL_CHUNK_TOKENS
+        if self._read_s is None:
+            return FIRST_CHUNK_TOKENS
+        fitting = int(self._round_s / max(self._read_s, 1e-9))
+        return min(max(fitting, LEAST_CHUNK_TOKENS), PREFILL_CHUNK_TOKENS)
+
+    def _forget(self) -> None:
+        self._members = [member for member in self._members if not member.over]
