@@ -124,6 +124,20 @@ def test_who_lags_drafts_only_to_be_probed():
     assert plan.reads_backlog
 
 
+def test_a_backlog_must_pay_soon():
+    def drafts(backlog, alpha):
+        late = Prospect((alpha,) * 4, backlog_tokens=backlog)
+        pace = TogetherPace(Schedule(replace(PACKED, read_s=0.05)))
+        # The allowance of probes is spent, and the gap between two of them has begun.
+        while any(pace.choose([replace(late, chances=(0.01,), backlog_tokens=0)] * 2).num_draft_tokens):
+            pace.observe(0.1)
+        return any(pace.choose([late, late]).num_draft_tokens)
+
+    assert drafts(0, 0.6)
+    assert not drafts(12, 0.6)
+    assert drafts(12, 0.95)
+
+
 class Machine:
     """Serves a batch with costs and acceptance of its own; what is believed may be wrong."""
 

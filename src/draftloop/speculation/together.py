@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from draftloop.speculation.costs import RoundCosts
     from draftloop.speculation.schedule import Schedule
 
+HORIZON_ROUNDS = 32
+"""What the draft has to read first must pay within so many rounds: else a choice that hangs in the balance is
+taken back and forth, and all that is read between."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
@@ -163,9 +167,12 @@ class TogetherPace:
         self._plan: Plan | None = None
 
     def favourite(self, prospects: Sequence[Prospect]) -> int:
-        """Which of several drafters promises a stream most; of equals the first."""
+        """Which of several drafters promises a stream most; of equals the first. Who lags, nothing."""
         prices = self._schedule.costs.now()
-        speeds = [best_choice(prices, one.chances, by_model=one.by_model).tokens_per_s for one in prospects]
+        speeds = [
+            best_choice(prices, () if one.lags else one.chances, by_model=one.by_model).tokens_per_s
+            for one in prospects
+        ]
         return speeds.index(max(speeds))
 
     def choose(self, prospects: Sequence[Prospect]) -> Plan:
@@ -176,7 +183,10 @@ class TogetherPace:
         asked = [index for index, one in enumerate(prospects) if _asks(one) and one.chances]
         ready = [index for index in asked if not prospects[index].lags]
         drafting, speedup = self._drafting(prospects, ready, plain)
-        if speedup > 1:
+        backlog_s = self._schedule.costs.calibrated.read_s * sum(
+            one.backlog_tokens for one, k in zip(prospects, drafting.num_draft_tokens, strict=True) if k
+        )
+        if drafting.round_s * (speedup - 1) * HORIZON_ROUNDS > backlog_s:
             probes.soon()
             self._plan = plain if probes.alone_due else drafting
         elif asked:
