@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from draftloop.backends.numpy.backend import NumpyBackend
 from draftloop.config import load_config
-from draftloop.engine import Completion, Engine, Request
+from draftloop.engine import Completion, Engine, Request, RoundDone
 from draftloop.loading import load_engine
 from draftloop.models.messages import Message
 from draftloop.models.resolve import resolve
 from draftloop.types import Sampling
 
 from .prompts import COPYING, PROMPTS
+
+if TYPE_CHECKING:
+    from draftloop.batch import Member
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1500)]
 
@@ -37,16 +41,20 @@ def greedy(
     max_tokens: int = MAX_TOKENS,
     num_suffix_tokens: int = 0,
 ) -> Completion:
-    return engine.complete(
-        Request(
-            prompt_tokens=engine.tokenizer.chat_tokens([Message("user", prompt)]),
-            sampling=Sampling(temperature=0.0),
-            max_tokens=max_tokens,
-            num_draft_tokens=num_draft_tokens,
-            num_suffix_tokens=num_suffix_tokens,
-            seed=0,
-            trace=True,
-        )
+    return engine.complete(asked(engine, prompt, num_draft_tokens, max_tokens, num_suffix_tokens))
+
+
+def asked(
+    engine: Engine, prompt: str, num_draft_tokens: int, max_tokens: int, num_suffix_tokens: int
+) -> Request:
+    return Request(
+        prompt_tokens=engine.tokenizer.chat_tokens([Message("user", prompt)]),
+        sampling=Sampling(temperature=0.0),
+        max_tokens=max_tokens,
+        num_draft_tokens=num_draft_tokens,
+        num_suffix_tokens=num_suffix_tokens,
+        seed=0,
+        trace=True,
     )
 
 
@@ -94,6 +102,29 @@ def test_suffix_matches_say_what_the_target_says(engine: Engine, num_draft_token
         kept += matched.tally.suffix_accepted_tokens
     # How much is proposed depends on what rounds cost here, so this is far below what is kept.
     assert kept > 10
+
+
+def test_answers_made_together_are_those_made_alone(engine: Engine) -> None:
+    requests = [asked(engine, prompt, 4, max_tokens=24, num_suffix_tokens=15) for prompt in PROMPTS[:6]]
+    together: dict[Member, Completion] = {}
+    shared = 0
+    with engine.batch(4) as batch:
+        waiting, members = list(requests), []
+        while waiting or batch.members:
+            while waiting and batch.places:
+                members.append(batch.join(waiting.pop(0)))
+            for member, event in batch.step():
+                shared += isinstance(event, RoundDone) and event.outcome.seconds is None
+                if isinstance(event, Completion):
+                    together[member] = event
+    assert shared > 10
+    for member, request in zip(members, requests, strict=True):
+        alone = engine.complete(request)
+        pairs = zip(alone.token_ids, together[member].token_ids, strict=False)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        assert first is None or top_two_margin(alone, first) <= 2 * BF16_LOGIT_STEP
+        if engine.backend.capabilities().device.startswith("cpu"):
+            assert together[member].token_ids == alone.token_ids
 
 
 def test_a_wrong_margin_would_be_seen(engine: Engine) -> None:
