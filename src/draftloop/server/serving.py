@@ -127,6 +127,12 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         self._tell_started()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening and wait; the application's life is ended in any case."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Hear signals while serving; uvicorn's own way would raise them again at the end."""
@@ -136,6 +142,9 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
 
         def heard(*_: object) -> None:
+            if self.force_exit:
+                # Even the end takes too long for whoever asks a third time.
+                raise KeyboardInterrupt
             loop.call_soon_threadsafe(self._stop)
 
         before = {one: signal.signal(one, heard) for one in SIGNALS}
