@@ -7,13 +7,17 @@ import threading
 from dataclasses import replace
 
 import pytest
+from starlette.testclient import TestClient
 
 import pupils
 from draftloop.cli.train import outcome_figures
+from draftloop.errors import StorageError
 from draftloop.learning.background import Ended, IdleLearner, Started
 from draftloop.learning.circle import learn
 from draftloop.loading import prepare
+from draftloop.server.app import create_app
 from draftloop.server.learning import Learner, Phase, open_learner
+from draftloop.server.service import open_service
 from draftloop.server.tickets import Job
 from draftloop.server.worker import Worker
 from draftloop.storage.records import RunPoint
@@ -103,6 +107,31 @@ def test_it_is_off_where_answering_and_training_do_not_fit_together(classroom, s
     state = open_learner(config, store, tight, []).state()
     assert not state.enabled
     assert "generating and training at once needs" in state.why_off
+
+
+def test_prometheus_reads_it(classroom, store, engine, monkeypatch):
+    desk = Desk(classroom, store, lambda *_, **__: FakeTraining())
+    service = open_service(classroom.config(), engine, store, learner=desk.learner)
+    client = TestClient(create_app(service), base_url="http://localhost")
+    assert 'draftloop_learning_phase{phase="waiting"} 1.0' in client.get("/metrics").text
+    desk.look(20)
+    run = begun_run(classroom, store)
+    store.runs.add_point(run, RunPoint(3, 0.5, 1.0, 0.1, 1.0, None))
+    pupils.add_adapter(classroom, store, "a0001")
+    store.adapters.promote("a0001", reason="by hand")
+    told = client.get("/metrics").text
+    assert 'draftloop_learning_phase{phase="training"} 1.0' in told
+    assert 'draftloop_learning_phase{phase="waiting"} 0.0' in told
+    assert "draftloop_training_step 3.0" in told
+    assert 'draftloop_adapter_changes_total{kind="promotion"} 1.0' in told
+
+    def fail(pair):
+        raise StorageError("the disk is gone", remedy="Bring it back.")
+
+    monkeypatch.setattr(store.adapters, "history", fail)
+    told = client.get("/metrics").text
+    assert "draftloop_ready" in told
+    assert "draftloop_learning_phase" not in told
 
 
 def test_it_tells_how_far_a_run_is(classroom, store):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import socket
 
     from draftloop.config import Config
+    from draftloop.loading import Prepared
+    from draftloop.server.learning import Learner
     from draftloop.storage.store import Store
 
 API_KEY_VARIABLE = "DRAFTLOOP_API_KEY"
@@ -63,12 +65,12 @@ def serve(
     from draftloop.server.serving import bind
 
     with bind(config.server.host, config.server.port) as bound, open_store_for(asked) as store:
-        finished = _serve(asked, store, bound)
+        finished = _serve(context, asked, store, bound)
     if not finished:
         raise KeyboardInterrupt
 
 
-def _serve(asked: AnswerOptions, store: Store | None, bound: socket.socket) -> bool:
+def _serve(context: typer.Context, asked: AnswerOptions, store: Store | None, bound: socket.socket) -> bool:
     """Load, serve, leave; whether what was being answered came to its end."""
     from draftloop.server.app import create_app
     from draftloop.server.service import open_service
@@ -76,8 +78,10 @@ def _serve(asked: AnswerOptions, store: Store | None, bound: socket.socket) -> b
     from draftloop.server.serving import url_of
 
     config = asked.config
-    engine = load_models(config, prepare_models(asked), store)
-    service = open_service(config, engine, store, with_draft=asked.with_draft)
+    prepared = prepare_models(asked)
+    learner = _learner(context, asked, store, prepared)
+    engine = load_models(config, prepared, store)
+    service = open_service(config, engine, store, learner=learner, with_draft=asked.with_draft)
     url = url_of(config.server.host, bound)
 
     def tell() -> None:
@@ -90,6 +94,21 @@ def _serve(asked: AnswerOptions, store: Store | None, bound: socket.socket) -> b
     finally:
         # The store is closed next: nobody may write to it any more.
         service.worker.stop(LAST_ROUND_S)
+
+
+def _learner(
+    context: typer.Context, asked: AnswerOptions, store: Store | None, prepared: Prepared
+) -> Learner | None:
+    """What learns meanwhile; where nothing does, the user is told why."""
+    if store is None:
+        return None
+    from draftloop.server.learning import open_learner
+
+    arguments = options.global_arguments(context)
+    learner = open_learner(asked.config, store, prepared.plan, arguments, with_draft=asked.with_draft)
+    if learner.why_off is not None:
+        say(f"nothing is learnt meanwhile: {learner.why_off}")
+    return learner
 
 
 def _check_packages() -> None:

@@ -115,7 +115,6 @@ def open_learner(
             plan.check_combined()
         except MemoryPlanError as error:
             why_off = str(error)
-            logger.warning("learning is off: %s", error)
     pair, directory = pair_of(config), Path(config.storage.directory)
     idle = None if why_off else IdleLearner(store, directory, pair, config, arguments)
     return Learner(store, pair, idle, why_off=why_off)
@@ -160,7 +159,7 @@ class Learner:
         self._store = store
         self._pair = pair
         self._idle = idle
-        self._why_off = why_off
+        self.why_off = why_off
         self._clock = clock
         self._generation = store.adapters.generation(pair)
         self._last_outcome: Mapping[str, Any] | None = None
@@ -221,7 +220,7 @@ class Learner:
             phase = Phase.WAITING
             if self._idle.training:
                 phase, progress = self._under_way()
-        return LearningState(phase, self._why_off, progress, self._last_outcome, promotions, reverts)
+        return LearningState(phase, self.why_off, progress, self._last_outcome, promotions, reverts)
 
     def _under_way(self) -> tuple[Phase, Progress | None]:
         run = self._store.runs.latest(self._pair)

@@ -6,6 +6,7 @@ asked for. Metrics are computed by `speculation.metrics`. Must not know how anyt
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
@@ -13,11 +14,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.responses import Response
 
+from draftloop.errors import StorageError
+from draftloop.server.learning import Phase
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from prometheus_client.core import Metric
 
+    from draftloop.server.learning import LearningState
     from draftloop.server.service import Service
     from draftloop.server.worker import Snapshot
 
@@ -37,6 +42,10 @@ class ServiceCollector:
         yield from _tokens(snapshot)
         yield from _speed(snapshot)
         yield from _memory(snapshot)
+        if self._service.learner is not None:
+            # A store that cannot be read hides what it would tell, and nothing else.
+            with suppress(StorageError):
+                yield from _learning(self._service.learner.state())
 
 
 def metrics_router(service: Service) -> APIRouter:
@@ -108,6 +117,25 @@ def _memory(snapshot: Snapshot) -> Iterator[Metric]:
     adapter = GaugeMetricFamily(f"{NAMESPACE}adapter", "What the draft wears.", labels=["name"])
     adapter.add_metric([snapshot.adapter or "none"], 1)
     yield adapter
+
+
+def _learning(state: LearningState) -> Iterator[Metric]:
+    progress = state.progress
+    phase = GaugeMetricFamily(f"{NAMESPACE}learning_phase", "What learning does.", labels=["phase"])
+    for one in Phase:
+        phase.add_metric([one.value], one is state.phase)
+    yield phase
+    yield _gauge("training_step", "Steps done of the run under way.", progress and progress.step)
+    yield _gauge("training_steps", "Steps planned of it.", progress and progress.steps)
+    yield _gauge("training_eta_seconds", "Until its last step.", progress and progress.eta_s)
+    alpha = progress and progress.validation_alpha
+    yield _gauge("validation_alpha", "Its newest, on held-out requests.", alpha)
+    changes = CounterMetricFamily(
+        f"{NAMESPACE}adapter_changes", "Changes of the active adapter.", labels=["kind"]
+    )
+    changes.add_metric(["promotion"], state.promotions)
+    changes.add_metric(["revert"], state.reverts)
+    yield changes
 
 
 def _gauge(name: str, help_text: str, value: float | None) -> GaugeMetricFamily:
