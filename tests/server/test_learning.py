@@ -224,6 +224,17 @@ def test_a_promoted_adapter_is_worn_from_the_next_request_on_and_a_bad_one_taken
     assert (state.promotions, state.reverts) == (2, 1)
 
 
+def test_a_service_wears_what_was_promoted_before_anybody_asks(classroom, store, monkeypatch):
+    pupils.steady_costs(monkeypatch)
+    desk = Desk(classroom, store, trained_here(classroom, store))
+    service = open_service(classroom.config(), classroom.engine(store), store, learner=desk.learner)
+    desk.now_s += 20
+    with TestClient(create_app(service), base_url="http://localhost") as client:
+        while 'draftloop_adapter{name="a0001"} 1.0' not in client.get("/metrics").text:
+            pass
+    assert desk.learner.state().last_outcome["status"] == "promoted"
+
+
 def test_requests_hold_learning_back(classroom, store, serve):
     """The worker tells: twenty idle seconds count from the last answer."""
     desk = Desk(classroom, store, lambda *_, **__: FakeTraining())

@@ -7,13 +7,15 @@ how an answer is made, nor sockets.
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from anyio import to_thread
 from fastapi import FastAPI
 
+from draftloop.engine import Engine
+from draftloop.errors import DraftloopError
 from draftloop.server import health
 from draftloop.server.dashboard import routes as dashboard
 from draftloop.server.guards import add_guards
@@ -55,8 +57,15 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
     to_thread.current_default_thread_limiter().total_tokens = THREADS
     service.worker.start()
+    loop = asyncio.get_running_loop()
+
+    async def follow() -> None:
+        # Where it cannot be worn, the next request tells.
+        with suppress(DraftloopError):
+            await service.worker.call(Engine.follow_adapter)
+
     if service.learner is not None:
-        service.learner.start()
+        service.learner.start(lambda: asyncio.run_coroutine_threadsafe(follow(), loop))
     try:
         yield
     finally:

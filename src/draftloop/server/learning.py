@@ -19,7 +19,7 @@ from draftloop.errors import MemoryPlanError, StorageError
 from draftloop.learning.background import Ended, IdleLearner, Started, why_not
 from draftloop.learning.recipe import Recipe
 from draftloop.loading import pair_of
-from draftloop.storage.records import RunStatus
+from draftloop.storage.records import AdapterStatus, RunStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -164,12 +164,19 @@ class Learner:
         self._generation = store.adapters.generation(pair)
         self._last_outcome: Mapping[str, Any] | None = None
         self._seen: _Seen | None = None
+        self._promoted: Callable[[], object] = lambda: None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        """Look now and then from now on, in a thread."""
+    def start(self, promoted: Callable[[], object] = lambda: None) -> None:
+        """Look now and then from now on, in a thread.
+
+        Args:
+            promoted: called there when a run has promoted an adapter: whoever answers may wear it before the
+                next request does.
+        """
         if self._idle is not None:
+            self._promoted = promoted
             self._thread = threading.Thread(target=self._look_again, name="learning", daemon=True)
             self._thread.start()
 
@@ -205,7 +212,10 @@ class Learner:
         elif isinstance(event, Ended):
             self._last_outcome = event.outcome
             self._seen = None
-            logger.info("training %s: %s", event.outcome.get("status"), event.outcome.get("reason"))
+            status = event.outcome.get("status")
+            logger.info("training %s: %s", status, event.outcome.get("reason"))
+            if status == AdapterStatus.PROMOTED:
+                self._promoted()
         return event
 
     def state(self) -> LearningState:
