@@ -188,7 +188,10 @@ class Learner:
         self._over.set()
         if self._thread is not None:
             self._thread.join()
-        return self._idle is not None and self._idle.leave()
+        running = self._idle is not None and self._idle.leave()
+        if running:
+            logger.info("the training stops after its current step, with a checkpoint")
+        return running
 
     def began(self) -> None:
         """Somebody is being answered."""
