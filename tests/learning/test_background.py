@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -246,6 +247,8 @@ def test_a_real_process_has_the_lowest_priority(classroom):
             assert not training.wait(GLANCE_S)
         assert os.getpriority(os.PRIO_PROCESS, training.pid) == 19
         assert os.sched_getscheduler(training.pid) == os.SCHED_IDLE
+        group = Path(f"/proc/{training.pid}/autogroup")
+        assert not group.exists() or group.read_text().endswith("nice 19\n")
     training.stop()
     finished(training)
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 LOWEST_PRIORITY = 19
+AUTOGROUP = Path("/proc/self/autogroup")
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was interrupted.")]
 Force = Annotated[
@@ -155,3 +156,6 @@ def _yield_to_others() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        # Desktops share the processors among sessions first, and this one is a session (sched(7), autogroup).
+        with contextlib.suppress(OSError):
+            AUTOGROUP.write_text(str(LOWEST_PRIORITY), encoding="ascii")
