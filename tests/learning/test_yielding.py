@@ -10,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 
+import pupils
 from draftloop.learning.yielding import LEAST_SHARE, LOCK_NAME, LOOK_S, MEASURING_TRIES, Answering, Yielding
 
 ANSWER = """
@@ -108,6 +109,16 @@ def test_another_process_is_waited_for_until_it_is_killed(tmp_path):
         day.run.wait()
         assert day.slept_s == pytest.approx(LOOK_S)
     assert (tmp_path / LOCK_NAME).exists()
+
+
+def test_an_engine_tells_while_it_answers_also_where_its_reader_goes_away(classroom):
+    with classroom.store() as store:
+        events = classroom.engine(store).stream(pupils.question(1))
+        next(events)
+        day = Day(classroom.data, events.close)
+        day.work(100)
+        day.run.wait()
+        assert day.slept_s == pytest.approx(LOOK_S)
 
 
 def test_who_answers_does_not_wait_for_others_who_do(answering):
