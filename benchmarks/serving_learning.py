@@ -72,9 +72,9 @@ class Block:
     """What one block of requests found."""
 
     first_token_s: list[float] = field(default_factory=list)
+    disturbed_s: list[float] = field(default_factory=list)
     tokens_per_s: list[float] = field(default_factory=list)
     processor_share: float = 0.0
-    disturbed: int = 0
 
 
 @dataclass(slots=True)
@@ -134,9 +134,8 @@ class Lab:
                 first_s = time.perf_counter() - began_s
                 disturbed = self.others_s() - others_s > DISTURBED * first_s + CLOCK_S
             if isinstance(event, Completion) and not disturbed:
-                block.first_token_s.append(first_s)
                 block.tokens_per_s.append(event.tokens_per_s or 0.0)
-        block.disturbed += disturbed
+        (block.disturbed_s if disturbed else block.first_token_s).append(first_s)
 
 
 def used_s(process: psutil.Process) -> float:
@@ -211,18 +210,20 @@ def percentile95(values: list[float]) -> float:
     return sorted(values)[max(0, -(-95 * len(values) // 100) - 1)]
 
 
-def figures(blocks: list[Block]) -> dict[str, float]:
+def figures(blocks: list[Block]) -> dict[str, Any]:
     """Of all requests in one state.
 
     Raises:
         SystemExit: none was undisturbed.
     """
     first = [seconds for block in blocks for seconds in block.first_token_s]
+    left_out = [seconds for block in blocks for seconds in block.disturbed_s]
     if not first:
         raise SystemExit("other programs disturbed every request")
     return {
         "requests": len(first),
-        "left_out": sum(block.disturbed for block in blocks),
+        "left_out": len(left_out),
+        "left_out_first_token_s_median": statistics.median(left_out) if left_out else None,
         "first_token_s_median": statistics.median(first),
         "first_token_s_p95": percentile95(first),
         "first_token_s_most": max(first),
@@ -243,7 +244,8 @@ def measure(lab: Lab, arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"{number + 1}/{arguments.pairs}", file=sys.stderr)
         for name, block in (("idle", idle[-1]), ("training", training[-1])):
             first = " ".join(f"{seconds:.2f}" for seconds in block.first_token_s)
-            print(f"  {name}: first tokens after {first} s", file=sys.stderr)
+            others = " ".join(f"{seconds:.2f}" for seconds in block.disturbed_s)
+            print(f"  {name}: first tokens after {first} s, left out {others}", file=sys.stderr)
     without, beside = figures(idle), figures(training)
     medians = [
         statistics.median(b.first_token_s) / statistics.median(a.first_token_s)
