@@ -125,10 +125,13 @@ def _learning(state: LearningState) -> Iterator[Metric]:
     for one in Phase:
         phase.add_metric([one.value], one is state.phase)
     yield phase
-    yield _gauge("training_step", "Steps done of the run under way.", progress and progress.step)
-    yield _gauge("training_steps", "Steps planned of it.", progress and progress.steps)
-    yield _gauge("training_eta_seconds", "Until its last step.", progress and progress.eta_s)
-    alpha = progress and progress.validation_alpha
+    figures: tuple[float | None, ...] = (None,) * 4
+    if progress is not None:
+        figures = progress.step, progress.steps, progress.eta_s, progress.validation_alpha
+    step, steps, eta_s, alpha = figures
+    yield _gauge("training_step", "Steps done of the run under way.", step)
+    yield _gauge("training_steps", "Steps planned of it.", steps)
+    yield _gauge("training_eta_seconds", "Until its last step.", eta_s)
     yield _gauge("validation_alpha", "Its newest, on held-out requests.", alpha)
     changes = CounterMetricFamily(
         f"{NAMESPACE}adapter_changes", "Changes of the active adapter.", labels=["kind"]
