@@ -30,9 +30,9 @@ from draftloop.models.folder import heads_digest
 from draftloop.models.memory import MEGABYTE, MemoryPlan, plan_memory
 from draftloop.models.resolve import locate, resolve
 from draftloop.models.tokenizer import Tokenizer, check_tokenizers_agree
-from draftloop.speculation.calibration import ServedRounds, calibrated_costs
+from draftloop.speculation.calibration import ServedRounds
 from draftloop.speculation.prefixes import PrefixCache
-from draftloop.speculation.remembered import calibration_facts, nearest_costs
+from draftloop.speculation.remembered import calibrated_costs, calibration_facts, nearest_costs
 from draftloop.speculation.schedule import Schedule
 from draftloop.speculation.stream import Pair
 from draftloop.speculation.suffix import BYTES_PER_TOKEN, SuffixIndex

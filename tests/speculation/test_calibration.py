@@ -13,14 +13,9 @@ import pytest
 from draftloop.backends.base import NO_PROPOSAL
 from draftloop.backends.vocabulary import CutVocabulary
 from draftloop.errors import OutOfMemory
-from draftloop.speculation.calibration import (
-    BUDGET_S,
-    ServedRounds,
-    calibrated_costs,
-    calibration_path,
-    known_costs,
-    measure_costs,
-)
+from draftloop.speculation import calibration
+from draftloop.speculation.calibration import BUDGET_S, ServedRounds
+from draftloop.speculation.remembered import MOST_TRIES, calibrated_costs, calibration_path, known_costs
 from draftloop.speculation.stream import Pair
 from draftloop.speculation.timing import time_proposals
 from draftloop.types import Sampling
@@ -102,6 +97,10 @@ class FakeModel:
     def _work(self, seconds: float) -> None:
         self.calls += 1
         self.clock.now_s += self.scale * seconds * (5 if self.calls in self.busy_calls else 1)
+
+
+def measure_costs(*arguments):
+    return calibration.measure_costs(*arguments).costs
 
 
 def fakes(**options) -> tuple[Pair, Clock]:
@@ -244,6 +243,28 @@ class TestTheFile:
         assert calibrated_costs(pair, THREE, FACTS, clock) == first
         assert pair.target.calls == calls
 
+    def test_what_a_busy_moment_disturbed_is_measured_again(self):
+        """While others are busy each step takes another time; the start after that finds it quiet."""
+        pair, clock = fakes(busy_calls=range(2, 400, 3))
+        pair.target.busy_calls = range(200)
+        disturbed = calibrated_costs(pair, THREE, FACTS, clock)
+        assert disturbed.verify_at(1) == pytest.approx(5 * 0.06)
+        assert known_costs(THREE, FACTS) == disturbed
+        quiet, clock = fakes()
+        assert calibrated_costs(quiet, THREE, FACTS, clock).verify_at(1) == pytest.approx(0.06)
+        calls = quiet.target.calls
+        assert calibrated_costs(quiet, THREE, FACTS, clock).verify_at(1) == pytest.approx(0.06)
+        assert quiet.target.calls == calls
+
+    def test_a_machine_that_is_never_quiet_measures_a_few_times_and_keeps_the_quickest(self):
+        """Too slow for anything to be timed twice: whether it was quiet is not known."""
+        costs = []
+        for scale in (40.0, 30.0, 50.0, 20.0):
+            pair, clock = fakes(scale=scale)
+            costs.append(calibrated_costs(pair, THREE, FACTS, clock).verify_at(1))
+            assert (pair.target.calls > 0) == (len(costs) <= MOST_TRIES)
+        assert costs == pytest.approx([0.06 * scale for scale in (40, 30, 30, 30)])
+
     def test_what_was_measured_serves_every_smaller_cap_and_no_larger_one(self):
         pair, clock = fakes()
         assert known_costs(ServedRounds(6), FACTS) is None
@@ -291,6 +312,7 @@ class TestTheFile:
             lambda text: json.dumps({**json.loads(text), "key": {"machine": "elsewhere"}}),
             lambda text: json.dumps({**json.loads(text), "format": 99}),
             lambda text: json.dumps({**json.loads(text), "widest": "wide"}),
+            lambda text: json.dumps({**json.loads(text), "tries": None}),
         ],
     )
     def test_a_damaged_or_foreign_file_is_replaced(self, damage):

@@ -1,36 +1,27 @@
-"""What rounds cost on this machine: measured once through the models' seam, and remembered in a file.
+"""What rounds cost on this machine, measured through the models' seam.
 
 Contract: about BUDGET_S, whatever K and however large the models; on scratch caches, while nobody is
-answering. A file that is damaged, or is about something else, is measured again and replaced whole. Must not
-know settings or requests.
+answering. Must not know settings, requests or files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import logging
 import math
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from draftloop.errors import DraftloopError, OutOfMemory
-from draftloop.folders import cache_root
-from draftloop.models.cache import read_json, write_json
+from draftloop.errors import OutOfMemory
 from draftloop.speculation.costs import RoundCosts
 from draftloop.speculation.timing import filled_cache, proposal_step, verification_step
 from draftloop.types import Rules, Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
+    from collections.abc import Callable
 
     from draftloop.backends.base import Cache, Model, Proposal
     from draftloop.speculation.stream import Pair
-
-logger = logging.getLogger(__name__)
 
 BUDGET_S = 2.5
 """Nothing is begun that is expected to end later, but for what nothing can be told without."""
@@ -52,9 +43,10 @@ EXPECTED_GROWTH = 0.25
 """Twice as many rows are expected to take longer by this share: weights are read once for all of them."""
 SURPRISE = 1.5
 """What took so many times what was expected has set something up, and is timed once more."""
-FORMAT = 3
-
-_NUMBERS = ("draft_s", "draft_round_s", "read_s", "verify_more_s", "draft_more_s")
+STEADY = 1.25
+"""Where nobody disturbs, a step's second quickest time is within this of its quickest."""
+LEAST_REPEATED = 4
+"""Fewer steps timed twice tell nothing: where others are busy the budget is spent before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +79,23 @@ class ServedRounds:
         return {"sampling": " ".join(stages), "trace": str(self.trace)}
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured, and how far it is to be trusted.
+
+    Attributes:
+        costs: of rounds.
+        steady: whether most of what was timed again took the same. Where other programs are busy it does
+            not, or there was no time to; what each step costs then depends on when they were.
+    """
+
+    costs: RoundCosts
+    steady: bool
+
+
 def measure_costs(
     pair: Pair, rounds: ServedRounds, clock: Callable[[], float] = time.perf_counter
-) -> RoundCosts:
+) -> Measured:
     """Time the draft's steps and the target's, and keep each one's quickest: what nobody disturbed.
 
     What the budget leaves out is interpolated, or goes on with the mean slope (`RoundCosts.verify_at`).
@@ -133,96 +139,12 @@ def measure_costs(
     # Sequences whose steps were not measured together are taken to have nothing in common.
     verify_together_s = min(SEQUENCES * costs.verify_at(1), verified_together.best_s)
     draft_together_s = min(SEQUENCES * one.best_s, drafted_together.best_s)
-    return replace(
+    costs = replace(
         costs,
         verify_more_s=max(0.0, verify_together_s - costs.verify_at(SEQUENCES)) / (SEQUENCES - 1),
         draft_more_s=max(0.0, draft_together_s - one.best_s) / (SEQUENCES - 1),
     )
-
-
-def calibrated_costs(
-    pair: Pair,
-    rounds: ServedRounds,
-    facts: Mapping[str, str],
-    clock: Callable[[], float] = time.perf_counter,
-) -> RoundCosts:
-    """The costs from the file of these facts, or measured now and stored there.
-
-    Args:
-        pair: with a draft.
-        rounds: what is served.
-        facts: all else that costs depend on: machine, backend, device, models.
-        clock: seconds.
-    """
-    known = known_costs(rounds, facts)
-    if known is not None:
-        logger.debug("round costs as measured before: %s", known)
-        return known
-    started_s = time.perf_counter()
-    costs = measure_costs(pair, rounds, clock)
-    logger.debug("round costs measured in %.1f s: %s", time.perf_counter() - started_s, costs)
-    key = {**facts, **rounds.facts}
-    try:
-        write_json(calibration_path(key), _stored(costs, key, rounds.widest))
-    except DraftloopError as error:
-        logger.debug("the round costs were not stored: %s", error)
-    return costs
-
-
-def known_costs(rounds: ServedRounds, facts: Mapping[str, str]) -> RoundCosts | None:
-    """The costs from the file of these facts; None where rounds so wide were never measured.
-
-    What was measured for wider rounds tells narrower ones too.
-    """
-    key = {**facts, **rounds.facts}
-    stored = read_json(calibration_path(key))
-    widest = stored.get("widest")
-    if not isinstance(widest, int) or widest < rounds.widest:
-        return None
-    costs = _costs_of(stored, key)
-    return None if costs is None else replace(costs, sampling=rounds.sampling)
-
-
-def calibration_path(key: Mapping[str, str]) -> Path:
-    """The file of one key, in Draftloop's cache."""
-    text = json.dumps(dict(sorted(key.items())))
-    return cache_root() / "calibration" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-
-
-def _stored(costs: RoundCosts, key: Mapping[str, str], widest: int) -> dict[str, object]:
-    return {
-        "format": FORMAT,
-        "key": dict(key),
-        "widest": widest,
-        "verify_s": [list(point) for point in costs.verify_s],
-        **{name: getattr(costs, name) for name in _NUMBERS},
-    }
-
-
-def _costs_of(stored: Mapping[str, object], key: Mapping[str, str]) -> RoundCosts | None:
-    """What a file says; None where it is damaged or about something else."""
-    if stored.get("format") != FORMAT or stored.get("key") != dict(key):
-        return None
-    points, rest = stored.get("verify_s"), [stored.get(name) for name in _NUMBERS]
-    try:
-        verify_s = tuple((int(width), float(seconds)) for width, seconds in points)  # type: ignore[attr-defined]
-        draft_s, draft_round_s, read_s, verify_more_s, draft_more_s = (
-            float(value)  # type: ignore[arg-type]
-            for value in rest
-        )
-    except (TypeError, ValueError, OverflowError):
-        return None
-    widths = [width for width, _ in verify_s]
-    numbers = [draft_s, draft_round_s, read_s, verify_more_s, draft_more_s]
-    numbers += [seconds for _, seconds in verify_s]
-    whole = widths[:1] == [1] and widths == sorted(set(widths))
-    if not whole or not all(math.isfinite(number) and number >= 0 for number in numbers):
-        return None
-    if verify_s[0][1] <= 0:
-        return None
-    return RoundCosts(
-        verify_s, draft_s, draft_round_s, read_s, verify_more_s=verify_more_s, draft_more_s=draft_more_s
-    )
+    return Measured(costs, session.steady)
 
 
 class _Step:
@@ -230,13 +152,18 @@ class _Step:
 
     Attributes:
         best_s: its quickest time; infinite before it was ever run.
+        second_s: the next one; infinite before it was run twice.
         result: what it gave last.
     """
 
     def __init__(self, run: Callable[[], Any]) -> None:
         self.run = run
-        self.best_s = math.inf
+        self.best_s = self.second_s = math.inf
         self.result: Any = None
+
+    def took(self, seconds: float) -> None:
+        """It was run once more."""
+        self.best_s, self.second_s, _ = sorted((self.best_s, self.second_s, seconds))
 
     @property
     def measured(self) -> bool:
@@ -270,6 +197,13 @@ class _Session:
                     self._time(step)
 
     @property
+    def steady(self) -> bool:
+        """See `Measured`."""
+        repeated = [step for step in self._steps if math.isfinite(step.second_s)]
+        alike = sum(step.second_s <= STEADY * step.best_s for step in repeated)
+        return len(repeated) >= LEAST_REPEATED and 2 * alike > len(repeated)
+
+    @property
     def _left_s(self) -> float:
         return self._end_s - self._clock()
 
@@ -277,7 +211,7 @@ class _Session:
         before_s = self._clock()
         step.result = step.run()
         took_s = self._clock() - before_s
-        step.best_s = min(step.best_s, took_s)
+        step.took(took_s)
         return took_s
 
 
