@@ -4,7 +4,7 @@ For each number of streams with the draft and without, in turn, so that a busy m
 of equal length, each from another prompt, prompts included. Beside them the same answers one after another.
 Last, what reading a long prompt costs those who are being answered meanwhile.
 
-    python benchmarks/batching.py [--config FILE] [--streams 1,2,4,8,16] [--tokens 48] [--repeats 3]
+    python benchmarks/batching.py [--config FILE] [--streams 1,2,4,8,16] [--tokens 96] [--repeats 3]
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from draftloop.answers import Failed, RoundDone
 from draftloop.cli.prompts import read_prompts
 from draftloop.config import load_config
 from draftloop.engine import Request
-from draftloop.loading import load_engine, suffix_tokens
+from draftloop.loading import load_engine
 from draftloop.models.tokenizer import Message
 from draftloop.types import Sampling
 
@@ -58,11 +58,11 @@ def quantile(values: Sequence[float]) -> float:
 class Bench:
     """One engine and the requests that it is asked."""
 
-    def __init__(self, engine: Engine, texts: Sequence[str], num_tokens: int, num_suffix_tokens: int) -> None:
+    def __init__(self, engine: Engine, texts: Sequence[str], num_tokens: int, num_draft_tokens: int) -> None:
         self._engine = engine
         self._texts = texts
         self._num_tokens = num_tokens
-        self._num_suffix_tokens = num_suffix_tokens
+        self._num_draft_tokens = num_draft_tokens
 
     def request(self, text: str, *, draft: bool, num_tokens: int | None = None) -> Request:
         """Greedy, and exactly so many tokens."""
@@ -72,8 +72,7 @@ class Bench:
             sampling=Sampling(),
             max_tokens=length,
             min_tokens=length,
-            num_draft_tokens=4 if draft else 0,
-            num_suffix_tokens=self._num_suffix_tokens if draft else 0,
+            num_draft_tokens=self._num_draft_tokens if draft else 0,
             seed=0,
         )
 
@@ -144,18 +143,18 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/offline.yaml"))
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--streams", default="1,2,4,8,16")
-    parser.add_argument("--tokens", type=int, default=48, help="of each answer")
+    parser.add_argument("--tokens", type=int, default=96, help="of each answer")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--in-turn", type=int, default=4, help="answers one after another; 0: none")
     parser.add_argument("--long-prompt", type=int, default=3000, help="tokens; 0: none")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    # What a text began with must not be known from the run before.
-    overrides = ["memory.prefix_cache_megabytes=0", "storage.collect=false", *arguments.overrides]
+    # Nothing of a text must be known from the run before.
+    overrides = ["memory.prefix_cache_megabytes=0", "speculative.suffix.enabled=false", *arguments.overrides]
     config = load_config([arguments.config], overrides).config
     engine = load_engine(config)
     texts = [prompt.text for prompt in read_prompts(PROMPTS)]
-    bench = Bench(engine, texts, arguments.tokens, suffix_tokens(config))
+    bench = Bench(engine, texts, arguments.tokens, config.speculative.num_draft_tokens)
     print(engine.backend.capabilities().device)
     counts = [int(count) for count in arguments.streams.split(",")]
     bench.together(2, draft=True)

@@ -181,6 +181,14 @@ def test_a_long_prompt_is_read_between_the_others_rounds(new_engine, monkeypatch
     assert told == sorted(told)
 
 
+def test_where_nobody_watches_all_prompts_are_read_at_once(new_engine):
+    with new_engine().batch(whole_prompts=True) as batch:
+        members = [batch.join(request(seed, length=300)) for seed in range(3)]
+        told = [event.done_tokens for _, event in batch.step() if isinstance(event, PromptProgress)]
+        assert told == [0, 256, 299] * 3
+        assert not any(member.reads for member in members)
+
+
 def test_a_prompt_that_is_read_alone_is_read_in_large_pieces(new_engine):
     with new_engine().batch() as batch:
         batch.join(request(1, length=300))

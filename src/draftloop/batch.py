@@ -10,12 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 from draftloop.answers import Failed, PromptProgress, RoundDone
 from draftloop.learning.recorder import CANCELLED
 from draftloop.speculation.round import run_round
+from draftloop.speculation.schedule import HORIZON_TOKENS
 from draftloop.speculation.stream import PREFILL_CHUNK_TOKENS, PromptReading, check_fits
+from draftloop.speculation.together import Prospect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -83,8 +86,11 @@ class Member:
         """How many of its prompt's tokens the target's cache holds."""
         return 0 if self._reading is None else self._reading.done_tokens
 
-    def begin(self) -> PromptProgress:
+    def begin(self, draft_reads: Callable[[int], bool]) -> PromptProgress:
         """Take over what the caches, or the texts kept, hold of the prompt.
+
+        Args:
+            draft_reads: told how many tokens the draft lacks, says whether it reads along.
 
         Raises:
             ContextFull: the prompt leaves no room for an answer.
@@ -93,7 +99,7 @@ class Member:
         prompt = answer.request.prompt_tokens
         check_fits(len(prompt), conversation.max_tokens)
         self._books.resume(conversation, prompt)
-        self._reading = PromptReading(self._pair, conversation, prompt, self._draft_reads)
+        self._reading = PromptReading(self._pair, conversation, prompt, draft_reads)
         answer.cached_tokens = self._reading.done_tokens
         answer.prompt_s += time.perf_counter() - started_s
         return self._progress(self._reading)
@@ -154,9 +160,6 @@ class Member:
         self._books.count()
         self._answering.close()
 
-    def _draft_reads(self, backlog_tokens: int) -> bool:
-        return self.stream.pace.reads_along(backlog_tokens, self.answer.settings.max_tokens)
-
     def _progress(self, reading: PromptReading) -> PromptProgress:
         prompt = self.answer.request.prompt_tokens
         if self.stream.suffix is not None:
@@ -173,6 +176,7 @@ class Batch:
         held_up: whether nobody may join whom others are answered beside: an adapter waits to be worn.
         together: chooses K for several streams at once; None: each one's own pace does.
         most: answers at a time, at least 1.
+        whole_prompts: read every prompt at once, for nobody watches the others' tokens come.
         clock: seconds.
     """
 
@@ -184,6 +188,7 @@ class Batch:
         *,
         together: TogetherPace | None,
         most: int,
+        whole_prompts: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._pair = pair
@@ -191,6 +196,7 @@ class Batch:
         self._held_up = held_up
         self._together = together
         self._most = most
+        self._whole_prompts = whole_prompts
         self._clock = clock
         self._members: list[Member] = []
         self._read_s: float | None = None
@@ -243,14 +249,15 @@ class Batch:
         self._forget()
 
     def step(self) -> Iterator[tuple[Member, Event | Failed]]:
-        """Read one piece of one prompt, and run one round for everybody whose prompt is read.
+        """Read one piece of one prompt, or all of them, and run one round for everybody whose prompt is read.
 
         Yields:
             Each answer's events in their order, an answer's last one being its `Completion` or `Failed`.
         """
-        reader = next((member for member in self._members if member.reads), None)
-        if reader is not None:
+        reader = self._reader()
+        while reader is not None:
             yield from self._read(reader)
+            reader = self._reader() if self._whole_prompts else None
         active = [member for member in self._members if not member.reads]
         if not active:
             return
@@ -273,11 +280,14 @@ class Batch:
                 yield from ((member, event) for event in member.finish())
         self._forget()
 
+    def _reader(self) -> Member | None:
+        return next((member for member in self._members if member.reads and not member.over), None)
+
     def _read(self, reader: Member) -> Iterator[tuple[Member, PromptProgress | Failed]]:
         """What the caches held, and one piece, which is known to cost no more than the others' round."""
         progress = None
         if not reader.begun:
-            progress = self._told(reader, reader.begin)
+            progress = self._told(reader, lambda: reader.begin(partial(self._draft_reads, reader)))
             yield reader, progress
         if not isinstance(progress, Failed) and reader.reads and not reader.over:
             num_tokens, before, started_s = self._chunk_tokens(), reader.done_tokens, self._clock()
@@ -285,6 +295,17 @@ class Batch:
             if reader.done_tokens > before:
                 self._read_s = (self._clock() - started_s) / (reader.done_tokens - before)
             yield reader, progress
+
+    def _draft_reads(self, member: Member, backlog_tokens: int) -> bool:
+        pace, settings, count = member.stream.pace, member.answer.settings, len(self._members)
+        if self._together is None or pace.apart or count == 1:
+            return pace.reads_along(backlog_tokens, settings.max_tokens)
+        prospect = Prospect(
+            chances=tuple(pace.chances(settings.num_draft_tokens)),
+            backlog_tokens=backlog_tokens,
+            ahead_tokens=min(settings.max_tokens, HORIZON_TOKENS),
+        )
+        return self._together.reads_along(prospect, count)
 
     def _told(self, reader: Member, work: Callable[[], PromptProgress]) -> PromptProgress | Failed:
         try:
@@ -296,7 +317,7 @@ class Batch:
 
     def _chunk_tokens(self) -> int:
         """So many that the others' tokens come half as often at worst."""
-        if all(member.reads for member in self._members):
+        if self._whole_prompts or all(member.reads for member in self._members):
             return PREFILL_CHUNK_TOKENS
         if self._read_s is None:
             return FIRST_CHUNK_TOKENS

@@ -158,11 +158,18 @@ class Engine:
                         raise event.error
                     yield event
 
-    def batch(self, most: int | None = None, clock: Callable[[], float] = time.perf_counter) -> Batch:
+    def batch(
+        self,
+        most: int | None = None,
+        *,
+        whole_prompts: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> Batch:
         """Where several requests are answered together; `stream` is the case of one.
 
         Args:
             most: answers at a time; None is what the memory plan has room for.
+            whole_prompts: read every prompt at once, for nobody watches the others' tokens come.
             clock: seconds.
         """
         schedule = self.experience.schedule
@@ -172,6 +179,7 @@ class Engine:
             self._adapter_waits,
             together=None if schedule is None else TogetherPace(schedule),
             most=self.most_together if most is None else most,
+            whole_prompts=whole_prompts,
             clock=clock,
         )
 

@@ -109,33 +109,51 @@ def test_k_shrinks_as_the_batch_grows():
     assert ks[-1] < 1
 
 
-def test_who_lags_drafts_only_to_be_probed():
-    pace = TogetherPace(Schedule(PACKED))
-    ready, lagging = Prospect((0.9,) * 4), Prospect((0.9,) * 4, backlog_tokens=900, lags=True)
-    plan = pace.choose([lagging, ready])
+def paced(read_s=0.02):
+    """A pace whose allowance of probes is spent, and the gap before the next one has begun."""
+    pace = TogetherPace(Schedule(replace(PACKED, read_s=read_s)))
+    while any((plan := pace.choose([Prospect((0.01,))] * 2)).num_draft_tokens):
+        pace.observe(plan.round_s)
+    return pace
+
+
+def test_a_backlog_is_read_where_it_pays():
+    late = Prospect((0.9,) * 4, backlog_tokens=900)
+    plan = paced().choose([late, Prospect((0.9,) * 4)])
     assert plan.num_draft_tokens[0] == 0
     assert plan.num_draft_tokens[1] > 0
-    # An allowance of eight rounds pays for a short backlog, and for no long one.
-    assert not any(pace.choose([lagging, lagging]).num_draft_tokens)
-    short = Prospect((0.9,) * 4, backlog_tokens=9, lags=True)
-    plan = pace.choose([lagging, short])
-    assert plan.num_draft_tokens[0] == 0
-    assert plan.num_draft_tokens[1] > 0
+    assert not plan.reads_backlog
+    for one, reads in ((replace(late, backlog_tokens=9), True), (late, False)):
+        assert paced().choose([one, one]).reads_backlog == reads
+    # Near the break-even a choice is not taken back and forth.
+    near = Prospect((0.5,) * 4)
+    assert any(paced().choose([near, near]).num_draft_tokens)
+    assert not any(paced().choose([replace(near, backlog_tokens=60)] * 2).num_draft_tokens)
+
+
+def test_the_least_backlog_is_read_for_a_probe():
+    pace = TogetherPace(Schedule(replace(HOPELESS, read_s=0.001)))
+    lacks = (900, 9, 30)
+    plan = pace.choose([Prospect((0.9,) * 4, backlog_tokens=count) for count in lacks])
+    assert [k > 0 for k in plan.num_draft_tokens] == [False, True, False]
     assert plan.reads_backlog
 
 
-def test_a_backlog_must_pay_soon():
-    def drafts(backlog, alpha):
-        late = Prospect((alpha,) * 4, backlog_tokens=backlog)
-        pace = TogetherPace(Schedule(replace(PACKED, read_s=0.05)))
-        # The allowance of probes is spent, and the gap between two of them has begun.
-        while any(pace.choose([replace(late, chances=(0.01,), backlog_tokens=0)] * 2).num_draft_tokens):
-            pace.observe(0.1)
-        return any(pace.choose([late, late]).num_draft_tokens)
+def test_the_draft_reads_along_where_so_many_streams_draft():
+    pace = paced(read_s=0.001)
+    one = Prospect((0.8,) * 4, backlog_tokens=40, ahead_tokens=100)
+    assert pace.reads_along(one, 2)
+    assert not pace.reads_along(one, 16)
+    assert not pace.reads_along(replace(one, backlog_tokens=4000), 2)
+    assert not pace.reads_along(replace(one, chances=()), 2)
 
-    assert drafts(0, 0.6)
-    assert not drafts(12, 0.6)
-    assert drafts(12, 0.95)
+
+def test_of_a_match_and_a_draft_that_lags_the_match_is_taken():
+    pace = paced()
+    draft, match = Prospect((0.9,) * 4), Prospect((0.9,) * 3, by_model=False, tokens=(1, 2, 3))
+    assert pace.favourite([draft, Prospect((0.3,), by_model=False, tokens=(1,))]) == 0
+    assert pace.favourite([draft, match]) == 1
+    assert pace.favourite([replace(draft, backlog_tokens=500), Prospect((), by_model=False)]) == 1
 
 
 class Machine:

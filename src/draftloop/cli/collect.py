@@ -159,7 +159,7 @@ def _answer(engine: Engine, requests: Sequence[Request]) -> tuple[tuple[Completi
     with (
         counting("collecting", len(requests), shown=True, lines=True) as counter,
         interrupt_as_flag(lambda: say("stopping after these answers; Ctrl-C again stops now")) as stop_wanted,
-        engine.batch() as batch,
+        engine.batch(whole_prompts=True) as batch,
     ):
         while batch.members or (waiting and not stop_wanted.is_set()):
             while waiting and batch.places and not stop_wanted.is_set():

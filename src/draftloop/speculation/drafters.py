@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from draftloop.backends.base import NO_PROPOSAL, PrefillJob, Proposal, ProposeJob
-from draftloop.speculation.schedule import Choice
+from draftloop.speculation.schedule import HORIZON_TOKENS, Choice
 from draftloop.speculation.stream import PREFILL_CHUNK_TOKENS
 from draftloop.speculation.together import Prospect
 
@@ -163,7 +163,7 @@ class ModelDrafter:
         return Prospect(
             chances=tuple(stream.pace.chances(draft_budget(stream))),
             backlog_tokens=backlog,
-            lags=backlog > 0 and not stream.pace.reads_along(backlog, stream.remaining_tokens),
+            ahead_tokens=min(stream.remaining_tokens, HORIZON_TOKENS),
         )
 
     def propose(self, streams: Sequence[Stream], offers: Sequence[Offer]) -> list[Proposal]:

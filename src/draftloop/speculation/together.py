@@ -15,17 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from draftloop.speculation.schedule import best_choice
+from draftloop.speculation.schedule import HORIZON_TOKENS, best_choice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from draftloop.speculation.costs import RoundCosts
     from draftloop.speculation.schedule import Schedule
-
-HORIZON_ROUNDS = 32
-"""What the draft has to read first must pay within so many rounds: else a choice that hangs in the balance is
-taken back and forth, and all that is read between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +33,7 @@ class Prospect:
         by_model: whether a model drafts, which takes time.
         tokens: what would be proposed, where that is known already.
         backlog_tokens: what the draft would have to read first.
-        lags: that is more than is expected to pay.
+        ahead_tokens: in how many tokens that must pay.
         settled: somebody else has chosen: all of them are drafted.
     """
 
@@ -45,7 +41,7 @@ class Prospect:
     by_model: bool = True
     tokens: tuple[int, ...] = ()
     backlog_tokens: int = 0
-    lags: bool = False
+    ahead_tokens: int = HORIZON_TOKENS
     settled: bool = False
 
 
@@ -167,13 +163,12 @@ class TogetherPace:
         self._plan: Plan | None = None
 
     def favourite(self, prospects: Sequence[Prospect]) -> int:
-        """Which of several drafters promises a stream most; of equals the first. Who lags, nothing."""
-        prices = self._schedule.costs.now()
-        speeds = [
-            best_choice(prices, () if one.lags else one.chances, by_model=one.by_model).tokens_per_s
-            for one in prospects
-        ]
-        return speeds.index(max(speeds))
+        """Which of several drafters promises a stream most, backlogs counted; of equals the first."""
+        prices, seconds = self._schedule.costs.now(), []
+        for one in prospects:
+            speed = best_choice(prices, one.chances, by_model=one.by_model).tokens_per_s
+            seconds.append(1 / speed + self._read_s(one) / one.ahead_tokens)
+        return seconds.index(min(seconds))
 
     def choose(self, prospects: Sequence[Prospect]) -> Plan:
         """K of each stream. The draft is probed as for one stream, out of the same allowance."""
@@ -181,26 +176,40 @@ class TogetherPace:
         plain = best_plan(self._schedule.costs.calibrated, prospects, with_model=False)
         self._plan = plain
         asked = [index for index, one in enumerate(prospects) if _asks(one) and one.chances]
-        ready = [index for index in asked if not prospects[index].lags]
-        drafting, speedup = self._drafting(prospects, ready, plain)
-        backlog_s = self._schedule.costs.calibrated.read_s * sum(
-            one.backlog_tokens for one, k in zip(prospects, drafting.num_draft_tokens, strict=True) if k
-        )
-        if drafting.round_s * (speedup - 1) * HORIZON_ROUNDS > backlog_s:
+        drafting, speedup = self._drafting(prospects, asked, plain)
+        ready = [index for index in asked if self._pays(prospects[index], plain, speedup)]
+        if len(ready) < len(asked):
+            drafting, speedup = self._drafting(prospects, ready, plain)
+        if speedup > 1:
             probes.soon()
             self._plan = plain if probes.alone_due else drafting
         elif asked:
             cheapest = min(asked, key=lambda index: prospects[index].backlog_tokens)
             probing, speedup = self._drafting(prospects, [cheapest], plain)
-            backlog_s = prospects[cheapest].backlog_tokens * self._schedule.costs.calibrated.read_s
-            if probes.due(backlog_s, max(0.0, probing.round_s * (1 - speedup))):
+            loss_s = max(0.0, probing.round_s * (1 - speedup))
+            if probes.due(self._read_s(prospects[cheapest]), loss_s):
                 self._plan = probing
         return self._plan
+
+    def reads_along(self, prospect: Prospect, count: int) -> bool:
+        """Whether the draft shall read what it lacks at once, beside so many streams of the same prospect."""
+        prospects = [prospect] * count
+        plain = best_plan(self._schedule.costs.calibrated, prospects, with_model=False)
+        _, speedup = self._drafting(prospects, range(count), plain)
+        return self._pays(prospect, plain, speedup)
+
+    def _pays(self, prospect: Prospect, plain: Plan, speedup: float) -> bool:
+        """Whether its backlog does, where all streams together are so much faster than by the plain plan."""
+        saved_s = (1 - 1 / speedup) / plain.tokens_per_s
+        return saved_s > 0 and self._read_s(prospect) <= prospect.ahead_tokens * saved_s
+
+    def _read_s(self, prospect: Prospect) -> float:
+        return prospect.backlog_tokens * self._schedule.costs.calibrated.read_s
 
     def _drafting(self, prospects: Sequence[Prospect], who: Sequence[int], plain: Plan) -> tuple[Plan, float]:
         """The best plan that asks the model for some of these streams, and its speed over the plain one's."""
         if not who:
-            return plain, 0.0
+            return plain, 1.0
         costs, count = self._schedule.costs, len(prospects)
         open_ones = [
             replace(one, chances=()) if _asks(one) and index not in who else one
