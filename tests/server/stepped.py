@@ -6,12 +6,14 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from draftloop.answers import RoundDone
+from draftloop.batch import Batch
 from draftloop.engine import Engine
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Iterator
 
-    from draftloop.answers import Event, Request
+    from draftloop.answers import Event, Failed
+    from draftloop.batch import Member
 
 
 class SteppedEngine(Engine):
@@ -21,7 +23,6 @@ class SteppedEngine(Engine):
         begun: prompts' texts in the order in which they were begun.
         threads: that have called it.
         rounds: how many each of them has finished.
-        raises: thrown in place of the next event, once.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -29,27 +30,46 @@ class SteppedEngine(Engine):
         self.begun: list[str] = []
         self.threads: set[int] = set()
         self.rounds: list[int] = []
-        self.raises: Exception | None = None
         self._steps = threading.Semaphore(0)
+        self._waits = threading.Event()
         self._free = False
 
     def free(self) -> None:
         self._free = True
         self._steps.release()
 
-    def step(self, events: int = 1) -> None:
-        self._steps.release(events)
+    def step(self) -> None:
+        """Let one event through, if one waits."""
+        if self._waits.is_set():
+            self._waits.clear()
+            self._steps.release()
 
-    def stream(self, request: Request, *arguments: Any, **named: Any) -> Generator[Event, None, None]:
-        self.threads.add(threading.get_ident())
-        index = len(self.begun)
-        self.rounds.append(0)
-        self.begun.append(self.tokenizer.decode(request.prompt_tokens))
-        for event in super().stream(request, *arguments, **named):
-            if not self._free:
-                self._steps.acquire()
-            if self.raises is not None:
-                error, self.raises = self.raises, None
-                raise error
-            self.rounds[index] += isinstance(event, RoundDone)
-            yield event
+    def wait(self) -> None:
+        if not self._free:
+            self._waits.set()
+            self._steps.acquire()
+
+    def batch(self, *arguments: Any, **named: Any) -> Batch:
+        return SteppedBatch(self, super().batch(*arguments, **named))
+
+
+class SteppedBatch(Batch):
+    def __init__(self, engine: SteppedEngine, batch: Batch) -> None:
+        vars(self).update(vars(batch))
+        self._engine = engine
+        self._numbers: dict[Member, int] = {}
+
+    def join(self, *arguments: Any, **named: Any) -> Member:
+        member = super().join(*arguments, **named)
+        self._engine.threads.add(threading.get_ident())
+        self._numbers[member] = len(self._engine.begun)
+        self._engine.rounds.append(0)
+        tokens = member.answer.request.prompt_tokens
+        self._engine.begun.append(self._engine.tokenizer.decode(tokens))
+        return member
+
+    def step(self) -> Iterator[tuple[Member, Event | Failed]]:
+        for member, event in super().step():
+            self._engine.wait()
+            self._engine.rounds[self._numbers[member]] += isinstance(event, RoundDone)
+            yield member, event

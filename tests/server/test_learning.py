@@ -209,7 +209,7 @@ def test_a_promoted_adapter_is_worn_from_the_next_request_on_and_a_bad_one_taken
 ):
     pupils.steady_costs(monkeypatch)
     desk = Desk(classroom, store, trained_here(classroom, store))
-    ask = serve(desk.learner, adaptation__revert_after_requests=6)
+    ask = serve(desk.learner, adaptation__revert_after_requests=6, memory__answers_at_once=1)
     assert ask(range(200, 203)) == [None] * 3
     assert isinstance(desk.look(20), Started)
     assert isinstance(desk.look(1), Ended)

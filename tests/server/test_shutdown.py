@@ -25,6 +25,7 @@ SETTINGS = {
     "speculative.schedule": "fixed",
     "generation.max_tokens": TOKENS,
     "generation.min_tokens": TOKENS,
+    "memory.answers_at_once": 1,
     "storage.directory": "data",
 }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from draftloop.answers import Completion, Event, RoundDone
+from draftloop.batch import Batch
 from draftloop.errors import ContextFull
 from draftloop.server.figures import Outcome
 from draftloop.server.tickets import AnswerFailed, Cancelled, QueueFull, ShuttingDown, TimedOut
@@ -121,9 +122,11 @@ def test_a_reader_that_leaves_frees_its_place_within_one_round(
     async def ask() -> int:
         gone, other = worker.submit(job("gone")), worker.submit(job("other"))
         events = aiter(gone)
+        first = asyncio.ensure_future(anext(events))
         while not engine.rounds or engine.rounds[0] < 2:
             engine.step()
-            await anext(events)
+            await asyncio.sleep(0)
+        await first
         await events.aclose()  # type: ignore[attr-defined]
         before = engine.rounds[0]
         engine.free()
@@ -134,17 +137,25 @@ def test_a_reader_that_leaves_frees_its_place_within_one_round(
 
 
 def test_an_answer_that_fails_ends_alone(
-    engine: SteppedEngine, make_worker: Callable[..., Worker], job: Callable[..., Job]
+    engine: SteppedEngine,
+    make_worker: Callable[..., Worker],
+    job: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine.free()
-    worker = make_worker()
+    worker, words = make_worker(), "the words of a prompt"
+
+    def broken(*_: object) -> None:
+        raise RuntimeError(words)
 
     async def ask() -> None:
-        engine.raises = RuntimeError("the words of a prompt")
-        with pytest.raises(AnswerFailed) as failed:
-            await read(worker.submit(job()))
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.pair.target, "verify", broken)
+            with pytest.raises(AnswerFailed) as failed:
+                await read(worker.submit(job()))
         assert "RuntimeError" in str(failed.value)
-        assert "words" not in str(failed.value)
+        assert words not in str(failed.value) + caplog.text
         with pytest.raises(ContextFull):
             await read(worker.submit(job("long " * 200)))
         completion_of(await read(worker.submit(job())))
@@ -207,11 +218,12 @@ def test_stopping_breaks_off_what_streams(
         await until(lambda: worker.snapshot().active == 1)
         stopping = asyncio.create_task(asyncio.to_thread(worker.stop, 10))
         await until(lambda: worker.snapshot().draining)
-        engine.step(2)
+        while not stopping.done():
+            engine.step()
+            await asyncio.sleep(0)
+        assert await stopping
         with pytest.raises(ShuttingDown):
             await read(ticket)
-        engine.free()
-        assert await stopping
 
     asyncio.run(ask())
 
@@ -232,6 +244,62 @@ def test_calls_run_between_answers(
         return [await called]
 
     assert asyncio.run(ask()) == [1]
+
+
+def test_as_many_are_answered_together_as_there_is_room_for(
+    engine: SteppedEngine, make_worker: Callable[..., Worker], job: Callable[..., Job]
+) -> None:
+    engine.most_together = 3
+    worker = make_worker(max_queued_requests=2)
+    jobs = [job(f"Number {number}", max_tokens=60, min_tokens=60) for number in range(5)]
+
+    async def ask() -> list[Completion]:
+        tickets = [worker.submit(one) for one in jobs]
+        with pytest.raises(QueueFull):
+            worker.submit(job())
+        while len(engine.rounds) < 3 or min(engine.rounds) == 0:
+            engine.step()
+            await asyncio.sleep(0)
+        assert worker.snapshot().active == 3
+        assert worker.snapshot().kv_bytes > 0
+        tickets[1].cancel()
+        engine.free()
+        with pytest.raises(Cancelled):
+            await read(tickets[1])
+        return [completion_of(await read(tickets[index])) for index in (0, 2, 3, 4)]
+
+    together = asyncio.run(ask())
+    assert len(engine.begun) == 5
+    for number, completion in zip((0, 2, 3, 4), together, strict=True):
+        assert completion.token_ids == engine.complete(jobs[number].request).token_ids
+    counts = worker.snapshot().counts
+    assert counts.tokens_per_s is not None
+    assert counts.requests[Outcome.LENGTH] == 4
+
+
+def test_a_step_that_breaks_ends_who_shared_it_and_nobody_else(
+    engine: SteppedEngine,
+    make_worker: Callable[..., Worker],
+    job: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine.free()
+    engine.most_together = 2
+    worker = make_worker()
+
+    def broken(*_: object) -> None:
+        raise KeyError
+
+    async def ask() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Batch, "step", broken)
+            for ticket in [worker.submit(job()) for _ in range(2)]:
+                with pytest.raises(AnswerFailed):
+                    await read(ticket)
+        completion_of(await read(worker.submit(job())))
+
+    asyncio.run(ask())
+    assert worker.snapshot().active == 0
 
 
 class Listener:

@@ -109,11 +109,12 @@ class Figures:
         """From now on `listener` is given each completed answer, on the models' thread."""
         self._listener = listener
 
-    def round_done(self, outcome: Round, waited_s: float, *, first: bool) -> None:
+    def round_done(self, outcome: Round, seconds: float, waited_s: float, *, first: bool) -> None:
         """One round of any answer.
 
         Args:
             outcome: the round.
+            seconds: what it took; of a round that answers shared, this one's share.
             waited_s: since the request's arrival where it is its first, else since the one before.
             first: whether it is.
         """
@@ -125,7 +126,7 @@ class Figures:
         with self._lock:
             self._total.add(outcome)
             self._drafted[outcome.drafted_tokens] += 1
-            self._recent.append(replace(outcome, trace=None))
+            self._recent.append(replace(outcome, trace=None, seconds=seconds))
 
     def completed(self, completion: Completion) -> None:
         """One answer came to its end."""

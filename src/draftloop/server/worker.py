@@ -1,8 +1,8 @@
 """The thread that owns the models: requests go in, tickets come out.
 
-Contract: the engine is touched by this thread and no other. An answer that fails ends alone; a cancelled or
-late one ends between two of its events, so within one round. Whatever happens, every ticket gets its end.
-Must not know HTTP.
+Contract: the engine is touched by this thread and no other. As many requests are answered together as the
+memory plan has room for; they join and leave between two rounds, so that a cancelled or late one ends within
+one. Whatever happens, every ticket gets its end. Must not know HTTP.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from draftloop.answers import Completion, RoundDone
+from draftloop.answers import Completion, Failed, RoundDone
 from draftloop.errors import DraftloopError, InputError
 from draftloop.server.figures import Counts, Figures, Outcome
 from draftloop.server.logs import where_raised
@@ -24,17 +24,14 @@ from draftloop.server.queue import FairQueue
 from draftloop.server.tickets import AnswerFailed, Cancelled, QueueFull, ShuttingDown, Ticket, TimedOut
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import Awaitable, Callable
 
-    from draftloop.answers import Event
+    from draftloop.batch import Batch, Member
     from draftloop.engine import Engine
     from draftloop.server.tickets import Job
-    from draftloop.speculation.stream import Conversation
+    from draftloop.speculation.round import Round
 
 T = TypeVar("T")
-
-MAX_ACTIVE = 1
-"""Answers made at a time: a round is one stream's."""
 
 logger = logging.getLogger(__name__)
 
@@ -77,22 +74,30 @@ class Snapshot:
 
 @dataclass(slots=True, eq=False)
 class _Active:
-    """One answer being made."""
+    """One answer being made.
+
+    Attributes:
+        ticket: whose.
+        member: of the batch, once it has joined.
+        token_s: when the newest tokens came; None before the first.
+    """
 
     ticket: Ticket
-    conversation: Conversation
-    events: Generator[Event, None, None]
+    member: Member | None = None
     token_s: float | None = None
-    """When the newest tokens came; None before the first."""
 
     @property
     def kv_bytes(self) -> int:
-        caches = (self.conversation.target_cache, self.conversation.draft_cache)
+        """What both models' caches hold of it."""
+        if self.member is None:
+            return 0
+        conversation = self.member.stream.conversation
+        caches = (conversation.target_cache, conversation.draft_cache)
         return sum(cache.position * cache.bytes_per_token for cache in caches if cache is not None)
 
 
 class Worker:
-    """Answers requests, one after another, in a thread of its own.
+    """Answers requests in a thread of its own.
 
     Attributes:
         figures: what is counted.
@@ -117,6 +122,7 @@ class Worker:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
+        self._most_active = engine.most_together
         self._max_queued_requests = max_queued_requests
         self._request_timeout_s = request_timeout_s
         self._learner = learner
@@ -206,7 +212,7 @@ class Worker:
 
     def _room(self) -> int:
         """Places to wait in: a request that can be answered at once only passes through."""
-        return self._max_queued_requests + MAX_ACTIVE - len(self._active)
+        return self._max_queued_requests + self._most_active - len(self._active)
 
     def _retry_after_s(self) -> int:
         """A place is free when the next answer is done."""
@@ -220,14 +226,15 @@ class Worker:
             ticket.deliver(error)
 
     def _run(self) -> None:
-        """The thread: advance each answer by one event, heed who went away, admit who waits."""
+        """The thread: heed who went away, admit who waits, advance everybody by one round."""
         try:
-            while self._wait_for_work():
-                self._do_calls()
-                self._admit()
-                for answer in list(self._active):
-                    self._advance(answer)
-                self._look_around()
+            with self._engine.batch() as batch:
+                while self._wait_for_work():
+                    self._do_calls()
+                    self._let_go(batch)
+                    self._admit(batch)
+                    self._step(batch)
+                    self._look_around()
         except BaseException as error:
             logger.error("the models' thread ended: %s", where_raised(error))
             raise
@@ -252,35 +259,39 @@ class Worker:
                 except Exception as error:
                     future.set_exception(error)
 
-    def _admit(self) -> None:
-        """Begin the next answers, where there is a place and no call waits for a pause."""
-        now_s = self._clock()
+    def _let_go(self, batch: Batch) -> None:
+        """End what nobody waits for any more, or not longer: between two events, so that it is stored."""
+        now_s, late = self._clock(), TimedOut(self._request_timeout_s)
         with self._changed:
             self._drop_from_queue(lambda one: one.cancelled, Cancelled(), Outcome.CANCELLED)
-            late = TimedOut(self._request_timeout_s)
             self._drop_from_queue(lambda one: now_s >= one.deadline_s, late, Outcome.TIMED_OUT)
-            begun: list[Ticket] = []
-            while not self._calls and len(self._active) + len(begun) < MAX_ACTIVE:
+        for answer in list(self._active):
+            if answer.ticket.cancelled:
+                self._break_off(batch, answer, Cancelled(), Outcome.CANCELLED)
+            elif now_s >= answer.ticket.deadline_s:
+                self._break_off(batch, answer, late, Outcome.TIMED_OUT)
+
+    def _admit(self, batch: Batch) -> None:
+        """Let the next ones join, where there is a place and no call waits for a pause."""
+        while len(self._queue) and not self._calls and batch.places:
+            with self._changed:
                 ticket = self._queue.take()
                 if ticket is None:
-                    break
-                begun.append(ticket)
-        for ticket in begun:
-            self._begin(ticket)
+                    return
+                answer = _Active(ticket)
+                self._active.append(answer)
+            self._join(batch, answer)
 
-    def _begin(self, ticket: Ticket) -> None:
+    def _join(self, batch: Batch, answer: _Active) -> None:
         if self._learner is not None and not self._busy:
             self._learner.began()
         self._busy = True
         try:
-            self._follow_adapter()
-            conversation = self._engine.open_conversation()
-            events = self._engine.stream(ticket.job.request, conversation)
+            if not batch.members:
+                self._follow_adapter()
+            answer.member = batch.join(answer.ticket.job.request)
         except Exception as error:
-            self._fail(ticket, error)
-            return
-        with self._changed:
-            self._active.append(_Active(ticket, conversation, events))
+            self._fail(answer, error)
 
     def _follow_adapter(self) -> None:
         """Another adapter may have become active; a damaged one costs nobody an answer."""
@@ -289,62 +300,72 @@ class Worker:
         except DraftloopError as error:
             logger.warning("the draft goes on with what it wears: %s", error)
 
-    def _advance(self, answer: _Active) -> None:
-        """One event further, or its end."""
-        ticket = answer.ticket
-        if ticket.cancelled:
-            self._break_off(answer, Cancelled(), Outcome.CANCELLED)
-        elif self._clock() >= ticket.deadline_s:
-            self._break_off(answer, TimedOut(self._request_timeout_s), Outcome.TIMED_OUT)
-        else:
-            try:
-                event = next(answer.events)
-            except Exception as error:
-                self._remove(answer)
-                self._fail(ticket, error)
-                return
-            if isinstance(event, RoundDone):
-                self._count(answer, event)
-            elif isinstance(event, Completion):
+    def _step(self, batch: Batch) -> None:
+        """One round for everybody, and its events to their readers."""
+        began_s = self._clock()
+        try:
+            told = list(batch.step())
+        except Exception as error:
+            # It was nobody's own: what the caches hold is unknown.
+            for answer in list(self._active):
+                if answer.member is not None:
+                    answer.member.close()
+                    batch.leave(answer.member)
+                self._fail(answer, error)
+            return
+        answers = {answer.member: answer for answer in self._active}
+        rounds = [(answers[member], event.outcome) for member, event in told if isinstance(event, RoundDone)]
+        self._count(rounds, began_s)
+        for member, event in told:
+            answer = answers[member]
+            if isinstance(event, Failed):
+                self._fail(answer, event.error)
+                continue
+            if isinstance(event, Completion):
                 self._remove(answer)
                 self.figures.completed(event)
-                self._log_text(ticket, event)
-            ticket.deliver(event)
+                self._log_text(answer.ticket, event)
+            answer.ticket.deliver(event)
 
-    def _count(self, answer: _Active, event: RoundDone) -> None:
-        now_s, first = self._clock(), answer.token_s is None
-        before_s = answer.ticket.arrived_s if answer.token_s is None else answer.token_s
-        self.figures.round_done(event.outcome, now_s - before_s, first=first)
-        answer.token_s = now_s
+    def _count(self, rounds: list[tuple[_Active, Round]], began_s: float) -> None:
+        """Rounds that are over; before anybody hears of them, so that figures are never behind."""
+        now_s = self._clock()
+        for answer, outcome in rounds:
+            first = answer.token_s is None
+            before_s = answer.ticket.arrived_s if answer.token_s is None else answer.token_s
+            share_s = (now_s - began_s) / len(rounds)
+            self.figures.round_done(outcome, share_s, now_s - before_s, first=first)
+            answer.token_s = now_s
 
     def _log_text(self, ticket: Ticket, completion: Completion) -> None:
         if self._log_prompts:
             prompt = self._engine.tokenizer.decode(ticket.job.request.prompt_tokens)
             logger.info("prompt: %r; answer: %r", prompt, completion.text)
 
-    def _break_off(self, answer: _Active, error: DraftloopError, outcome: Outcome) -> None:
-        """Close a stream between two events: what was said is stored."""
+    def _break_off(self, batch: Batch, answer: _Active, error: DraftloopError, outcome: Outcome) -> None:
+        """End an answer before its end: what was said is stored."""
+        if answer.member is not None:
+            try:
+                batch.leave(answer.member)
+            except Exception as trouble:
+                logger.error("an answer did not end well: %s", where_raised(trouble))
         self._remove(answer)
         self.figures.ended(outcome)
         answer.ticket.deliver(error)
 
     def _remove(self, answer: _Active) -> None:
-        """Give its place and its caches' memory back."""
-        try:
-            answer.events.close()
-        except Exception as error:
-            logger.error("an answer did not end well: %s", where_raised(error))
+        """Its place is free."""
         with self._changed:
             self._active.remove(answer)
 
-    def _fail(self, ticket: Ticket, error: Exception) -> None:
-        if isinstance(error, DraftloopError):
-            self.figures.ended(Outcome.REFUSED if isinstance(error, InputError) else Outcome.FAILED)
-            ticket.deliver(error)
-            return
-        logger.error("an answer failed: %s", where_raised(error))
-        self.figures.ended(Outcome.FAILED)
-        ticket.deliver(AnswerFailed(error))
+    def _fail(self, answer: _Active, error: Exception) -> None:
+        """An answer ends with an error; the batch has let go of it."""
+        self._remove(answer)
+        if not isinstance(error, DraftloopError):
+            logger.error("an answer failed: %s", where_raised(error))
+            error = AnswerFailed(error)
+        self.figures.ended(Outcome.REFUSED if isinstance(error, InputError) else Outcome.FAILED)
+        answer.ticket.deliver(error)
 
     def _look_around(self) -> None:
         """Note what others ask about, and tell the learner where nobody is answered and nobody waits."""
@@ -360,7 +381,10 @@ class Worker:
         """The thread ends, as it was told or because it broke: nobody is left waiting."""
         self.drain()
         for answer in list(self._active):
-            self._break_off(answer, ShuttingDown(), Outcome.SHUTTING_DOWN)
+            # The batch, as it was left, has stored what was said.
+            self._remove(answer)
+            self.figures.ended(Outcome.SHUTTING_DOWN)
+            answer.ticket.deliver(ShuttingDown())
         with self._changed:
             self._stopping = True
             calls, self._calls = self._calls, []
