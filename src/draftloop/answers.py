@@ -5,17 +5,19 @@ Contract: plain data, and the text that grows out of rounds. Must not know the m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from draftloop.speculation.metrics import Tally, tokens_per_second
+from draftloop.speculation.processors import Steering
 from draftloop.types import FinishReason, TokenKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from draftloop.learning.recorder import Provenance
     from draftloop.models.text import TextStream
+    from draftloop.speculation.processors import Grammar
     from draftloop.speculation.round import Round
     from draftloop.speculation.stream import DecodeSettings
     from draftloop.types import Sampling, Trace
@@ -38,6 +40,11 @@ class Request:
             Then past answers do not help to choose K, so that it is slower than it would be without a seed.
         trace: whether the completion carries the target's top tokens of each round.
         provenance: what is stored beside the answer; None stores nothing.
+        logit_bias: added to these tokens' logits, -100 to 100; for p and q alike.
+        presence_penalty: taken off the logits of what the answer has said, -2 to 2.
+        frequency_penalty: taken off once for each time that it said it, -2 to 2.
+        grammar: what the answer must look like. It decides alone when the answer may end: `min_tokens` holds
+            nothing back then.
     """
 
     prompt_tokens: Sequence[int]
@@ -51,6 +58,15 @@ class Request:
     repeatable: bool = True
     trace: bool = False
     provenance: Provenance | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    grammar: Grammar | None = None
+
+    @property
+    def steering(self) -> Steering:
+        """What it changes about the target's distribution."""
+        return Steering(self.logit_bias, self.presence_penalty, self.frequency_penalty, self.grammar)
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,8 @@ class Engine:
             the reader goes away or Ctrl-C is pressed.
 
         Raises:
-            InputError: `max_tokens` below 1.
+            InputError: `max_tokens` below 1, or a bias or penalty out of bounds.
+            GrammarFailed: the request's grammar became too complex on the way.
             ContextFull: the prompt leaves no room for an answer.
         """
         with self.batch(1) as batch:
@@ -193,6 +194,7 @@ class Engine:
         """Open one answer; where nobody else is being answered, the draft may change its adapter before."""
         if request.max_tokens < 1:
             raise InputError(f"max_tokens is {request.max_tokens}", remedy="Ask for at least 1 token.")
+        request.steering.check(self.pair.target.architecture.vocab_size)
         if alone:
             self.follow_adapter()
         conversation = conversation or self.open_conversation()
@@ -238,4 +240,5 @@ class Engine:
             num_draft_tokens=request.num_draft_tokens,
             seed=secrets.randbits(32) if request.seed is None else request.seed,
             trace=request.trace or self._books.records(request),
+            steering=request.steering,
         )

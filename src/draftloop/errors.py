@@ -86,5 +86,9 @@ class RecordLost(StorageError):
     """One stored record is damaged or was evicted; the others can be read."""
 
 
+class GrammarFailed(DraftloopError):
+    """An answer's grammar cannot be followed any further."""
+
+
 class OutOfMemory(DraftloopError):
     """Memory ran out in spite of the plan."""

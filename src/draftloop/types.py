@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 TRACE_TOP_TOKENS = 32
@@ -56,6 +58,19 @@ class Sampling:
         return self.temperature == 0.0
 
 
+class Processor(Protocol):
+    """What one answer adds to the logits, target's and draft's alike: penalties, a grammar."""
+
+    def bias(self, drafted: Sequence[int]) -> NDArray[np.float32] | None:
+        """What is added to the row behind the tokens `drafted` of this round, before temperature.
+
+        Returns:
+            [V] of the target's vocabulary, -inf for what is forbidden, never all of it; None adds nothing,
+            which is also the answer behind a token that was forbidden itself. Not to be written to.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What turns one sequence's logits into p, and in the same way into q.
@@ -65,16 +80,18 @@ class Rules:
         masked_ids: tokens with no probability in the first `masked_rows` rows (EOS while
             `min_tokens` is not reached).
         masked_rows: how many of the coming rows are masked, counted from the next token.
+        processor: what is added to each row; None adds nothing.
     """
 
     sampling: Sampling
     masked_ids: tuple[int, ...] = ()
     masked_rows: int = 0
+    processor: Processor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What the target said at the emitted positions of one round, at temperature 1 and unmasked.
+    """What the target said at the emitted positions of one round, at temperature 1, unmasked and unbiased.
 
     `R` is the number of emitted tokens (accepted ones and the extra one).
 

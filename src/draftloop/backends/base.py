@@ -165,7 +165,11 @@ class Model(Protocol):
         ...
 
     def propose(self, batch: Sequence[ProposeJob]) -> list[Proposal]:
-        """Draft K tokens a sequence; nothing is brought to the host."""
+        """Draft K tokens a sequence; nothing is brought to the host.
+
+        Where the rules have a processor each token is, for what is added to the next row depends on it; and
+        where it forbids all that this head can propose, the proposal ends there, perhaps with no token.
+        """
         ...
 
     def verify(self, batch: Sequence[VerifyJob]) -> list[Verdict]:

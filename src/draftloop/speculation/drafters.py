@@ -7,7 +7,7 @@ look at the past only. Must not know verification.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from draftloop.backends.base import NO_PROPOSAL, PrefillJob, Proposal, ProposeJob
@@ -194,7 +194,8 @@ class ModelDrafter:
 class SuffixDrafter:
     """What followed the text's end before, in it or in past answers; the tokens cost nothing to find.
 
-    It may propose more than `num_draft_tokens`; the draft model reads what was kept when it drafts again.
+    A guess ends before the first token that a grammar forbids. It may propose more than `num_draft_tokens`;
+    the draft model reads what was kept when it drafts again.
     """
 
     def offer(self, stream: Stream) -> Offer | None:
@@ -221,7 +222,12 @@ class SuffixDrafter:
     def _match(self, stream: Stream) -> Match | None:
         if stream.suffix is None:
             return None
-        return stream.suffix.guess(stream.conversation.tokens, stream.remaining_tokens - 1)
+        match = stream.suffix.guess(stream.conversation.tokens, stream.remaining_tokens - 1)
+        if match is None or stream.processor is None:
+            return match
+        allowed = stream.processor.num_allowed(match.tokens)
+        cut = replace(match, tokens=match.tokens[:allowed], acceptance=match.acceptance[:allowed])
+        return cut if allowed else None
 
 
 def draft_budget(stream: Stream) -> int:

@@ -125,13 +125,14 @@ def run_round(
     settled = zip(streams, drafted, verdicts, strict=True)
     outcomes = [_settle(stream, one, verdict) for stream, one, verdict in settled]
     took_s = clock() - started_s
+    # What a processor takes is no price of the models'.
+    priced = not any(stream.processor for stream in streams)
     if together is not None:
-        together.observe(took_s)
+        together.observe(took_s if priced else None)
     seconds = took_s if len(streams) == 1 else None
     for stream, one, outcome in zip(streams, drafted, outcomes, strict=True):
-        stream.pace.observe(
-            _timed(one, outcome, seconds, together=together is not None and not stream.pace.apart)
-        )
+        shared = together is not None and not stream.pace.apart
+        stream.pace.observe(_timed(one, outcome, seconds if priced else None, together=shared))
     return [replace(outcome, seconds=seconds) for outcome in outcomes]
 
 
@@ -157,27 +158,40 @@ def _timed(drafted: Drafted, outcome: Round, seconds: float | None, *, together:
 
 
 def _settle(stream: Stream, drafted: Drafted, verdict: Verdict) -> Round:
-    """Append what was emitted, cut at EOS, and trim both caches to it."""
-    ends = [i + 1 for i, token in enumerate(verdict.tokens) if token in stream.settings.eos_token_ids]
+    """Append what was emitted, cut at the answer's end, and trim both caches to it."""
+    end = _end(stream, verdict.tokens)
     outcome = Round(
         tokens=verdict.tokens,
         kinds=verdict.kinds,
         drafted_tokens=len(verdict.drafted_tokens),
         accepted_tokens=verdict.accepted_tokens,
         alphas=verdict.alphas,
-        finish_reason=FinishReason.STOP if ends else None,
+        finish_reason=None if end is None else FinishReason.STOP,
         trace=verdict.trace,
     )
     if drafted.offer is not None and not drafted.offer.by_model:
         outcome = _counted_apart(outcome)
-    if ends:
-        outcome = outcome.cut(ends[0])
+    if end is not None:
+        outcome = outcome.cut(end)
     stream.conversation.tokens.extend(outcome.tokens)
     stream.emitted_tokens += len(outcome.tokens)
     stream.conversation.settle(len(stream.conversation.tokens))
     if outcome.finish_reason is None and stream.remaining_tokens < 1:
         return replace(outcome, finish_reason=FinishReason.LENGTH)
     return outcome
+
+
+def _end(stream: Stream, tokens: tuple[int, ...]) -> int | None:
+    """How many of these tokens the answer has up to its end; None where it goes on.
+
+    It ends with EOS, or as soon as its grammar lets nothing else follow.
+    """
+    ends = [i + 1 for i, token in enumerate(tokens) if token in stream.settings.eos_token_ids]
+    end = ends[0] if ends else None
+    if stream.processor is None:
+        return end
+    kept = stream.processor.advance(tokens[:end])
+    return kept if stream.processor.ended else end
 
 
 def _counted_apart(outcome: Round) -> Round:

@@ -6,13 +6,14 @@ of that. Must not know how a round works, nor any text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from draftloop.backends.base import PrefillJob
 from draftloop.errors import ContextFull
+from draftloop.speculation.processors import Steering
 from draftloop.speculation.schedule import FixedPace
 from draftloop.speculation.uniforms import Uniforms
 from draftloop.types import Rules, Sampling
@@ -52,6 +53,7 @@ class DecodeSettings:
         num_draft_tokens: the most tokens that the draft model proposes in a round; 0 asks the target alone.
         seed: fixes every random choice.
         trace: whether each round carries the target's top tokens.
+        steering: what is added to the logits, for p and q alike.
     """
 
     sampling: Sampling
@@ -61,6 +63,7 @@ class DecodeSettings:
     seed: int
     min_tokens: int = 1
     trace: bool = False
+    steering: Steering = field(default_factory=Steering)
 
 
 class Conversation:
@@ -71,6 +74,7 @@ class Conversation:
         self.target_cache: Cache = pair.target.new_cache()
         self.draft_cache: Cache | None = pair.draft.new_cache() if pair.draft else None
         self.adapter: str | None = None
+        self.vocab_size = pair.target.architecture.vocab_size
 
     @property
     def max_tokens(self) -> int:
@@ -113,6 +117,7 @@ class Stream:
         self.conversation = conversation
         self.settings = settings
         self.uniforms = Uniforms(settings.seed)
+        self.processor = settings.steering.processor(conversation.vocab_size)
         self.emitted_tokens = 0
 
     @property
@@ -123,11 +128,14 @@ class Stream:
 
     @property
     def rules(self) -> Rules:
-        """Warping and masks for the coming rows."""
+        """Warping, masks and what is added for the coming rows. A grammar decides alone about the end."""
+        settings = self.settings
+        held_back = 0 if settings.steering.grammar else settings.min_tokens - 1 - self.emitted_tokens
         return Rules(
-            sampling=self.settings.sampling,
-            masked_ids=tuple(sorted(self.settings.eos_token_ids)),
-            masked_rows=max(0, self.settings.min_tokens - 1 - self.emitted_tokens),
+            sampling=settings.sampling,
+            masked_ids=tuple(sorted(settings.eos_token_ids)),
+            masked_rows=max(0, held_back),
+            processor=self.processor,
         )
 
 

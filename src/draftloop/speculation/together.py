@@ -219,13 +219,13 @@ class TogetherPace:
         plain_s, plan_s = (costs.shared_correction(count, drafts=one.by_model) for one in (plain, plan))
         return plan, plan.tokens_per_s / plan_s / (plain.tokens_per_s / plain_s)
 
-    def observe(self, seconds: float) -> None:
-        """The round that was chosen for took so long."""
+    def observe(self, seconds: float | None) -> None:
+        """The round that was chosen for took so long; None where that says nothing of the models."""
         plan, self._plan = self._plan, None
         if plan is None:
             return
         count, probes = len(plan.num_draft_tokens), self._schedule.probes
-        if not plan.reads_backlog:
+        if seconds is not None and not plan.reads_backlog:
             self._schedule.costs.observe_shared(count, seconds, plan.round_s, drafts=plan.by_model)
         if plan.by_model:
             probes.passed_drafting()

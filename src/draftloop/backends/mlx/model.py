@@ -1,8 +1,8 @@
 """`MlxModel`: one mlx-lm model behind the seam of `backends/base.py`.
 
-Contract: `propose` builds a lazy graph and brings nothing to the host; `verify` brings one array, which is
-the round's one wait for the device. Every sequence is computed alone, so a batch is a loop. Must not know how
-a model is found or loaded.
+Contract: `propose` builds a lazy graph and brings nothing to the host, but where a processor has to be told
+each drafted token; `verify` brings one array, which is the round's one wait for the device. Every sequence is
+computed alone, so a batch is a loop. Must not know how a model is found or loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from draftloop.backends.base import Proposal
+from draftloop.backends.base import NO_PROPOSAL, Proposal
+from draftloop.backends.biases import draft_bias
 from draftloop.backends.mlx.adapter import Adapters
 from draftloop.backends.mlx.cache import MlxCache
 from draftloop.backends.mlx.head import CutHead
@@ -143,16 +144,27 @@ class MlxModel:
 
     def _propose(self, job: ProposeJob) -> Proposal:
         cache, uniforms = cast("MlxCache", job.cache), mx.array(job.uniforms)
-        coming = ids(job.unread)
-        tokens, rows = [], []
+        coming, kept = ids(job.unread), None if self._cut is None else self._cut.vocabulary.ids
+        tokens: list[mx.array] = []
+        rows: list[mx.array] = []
         for i in range(job.num_draft_tokens):
-            coming, distribution = self._steps.draft(cache, coming, job.rules, i, uniforms[i])
+            bias = None
+            if job.rules.processor is not None:
+                drafted = [int(np.array(token)[0]) for token in tokens]
+                bias = draft_bias(job.rules, drafted, self._architecture.vocab_size, kept)
+                if bias is None:
+                    break
+            coming, distribution = self._steps.draft(
+                cache, coming, job.rules, row=i, uniform=uniforms[i], bias=bias
+            )
             # The device starts on this step while the host builds the next one, and then the verification.
             mx.async_eval(coming)  # type: ignore[no-untyped-call]
             tokens.append(coming)
             rows += [] if distribution is None else [distribution]
+        if not tokens:
+            return NO_PROPOSAL
         q = mx.concatenate(rows) if rows else None
-        return Proposal(tokens=mx.concatenate(tokens), q=q, num_tokens=job.num_draft_tokens)
+        return Proposal(tokens=mx.concatenate(tokens), q=q, num_tokens=len(tokens))
 
     def _verdict_sizes(self, job: VerifyJob) -> list[int]:
         """How long each part of a packed verdict is: `Steps.verify` packs them in this order."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 import numpy as np
 
+from draftloop.backends.biases import target_biases
 from draftloop.backends.mlx.acceptance import (
     Stages,
     accept,
@@ -33,6 +34,8 @@ from draftloop.backends.mlx.replay import head_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
 
     from draftloop.backends.architecture import Architecture
     from draftloop.backends.base import VerifyJob
@@ -56,6 +59,7 @@ class Kind:
         name: `logits`, `draft` or `verify`.
         stages: the warping's.
         masked: whether some rows have barred tokens.
+        biased: whether something is added to each row.
         point_mass: whether the drafts come without q.
         trace: whether the top tokens are wanted.
     """
@@ -63,6 +67,7 @@ class Kind:
     name: str
     stages: Stages | None = None
     masked: bool = False
+    biased: bool = False
     point_mass: bool = False
     trace: bool = False
 
@@ -100,7 +105,14 @@ class Steps:
         return self._run(Kind("logits"), cache, tokens.size, [tokens])[0]
 
     def draft(
-        self, cache: MlxCache, tokens: mx.array, rules: Rules, row: int, uniform: mx.array
+        self,
+        cache: MlxCache,
+        tokens: mx.array,
+        rules: Rules,
+        *,
+        row: int,
+        uniform: mx.array,
+        bias: NDArray[np.float32] | None = None,
     ) -> tuple[mx.array, mx.array | None]:
         """Append tokens [T] and draw the one behind them.
 
@@ -110,6 +122,7 @@ class Steps:
             rules: warping and masks.
             row: how many of the rules' rows went before.
             uniform: scalar in [0, 1).
+            bias: [V], added to the row of the token that is drawn.
 
         Returns:
             The token, [1] int32, and its distribution [1, V]; None where that is a point mass.
@@ -119,7 +132,9 @@ class Steps:
             rules, width = cut.vocabulary.rules(rules), len(cut.vocabulary.ids)
         barred = barred_tokens(rules.masked_ids, width) if rules.masked_rows > row else None
         inputs = [tokens, numbers_of(rules.sampling), uniform]
-        kind = Kind("draft", Stages.of(rules.sampling), masked=barred is not None)
+        kind = Kind("draft", Stages.of(rules.sampling), masked=barred is not None, biased=bias is not None)
+        if bias is not None:
+            inputs.append(mx.array(bias if cut is None else bias[cut.vocabulary.ids]))
         inputs += [] if barred is None else [barred]
         token, *distribution = self._run(kind, cache, tokens.size, inputs)
         return token, distribution[0] if distribution else None
@@ -137,6 +152,7 @@ class Steps:
             "verify",
             Stages.of(rules.sampling),
             masked=barred is not None,
+            biased=rules.processor is not None,
             point_mass=proposal.q is None,
             trace=job.trace,
         )
@@ -146,6 +162,9 @@ class Steps:
             mx.array(job.accept_uniforms),
             mx.array(job.extra_uniforms),
         ]
+        if rules.processor is not None:
+            drafted = np.array(tokens).tolist()
+            inputs.append(mx.array(target_biases(rules.processor, drafted, width)))
         inputs += [] if barred is None else [barred, mx.array(rules.masked_rows)]
         inputs += [] if proposal.q is None else [proposal.q]
         return self._run(kind, cache, proposal.num_tokens + 1, inputs)[0]
@@ -177,12 +196,14 @@ class Steps:
         stages = cast("Stages", kind.stages)
 
         def draft(
-            layers: list[Any], tokens: mx.array, numbers: mx.array, uniform: mx.array, *barred: mx.array
+            layers: list[Any], tokens: mx.array, numbers: mx.array, uniform: mx.array, *rest: mx.array
         ) -> list[mx.array]:
             # The head is a good part of a small draft: the last row alone is wanted.
             scores = self._head(self._hidden(layers, tokens)[-1:]).astype(mx.float32)
+            if kind.biased:
+                scores = scores + rest[0]
             if kind.masked:
-                scores = bar(scores, barred[0], 1)
+                scores = bar(scores, rest[-1], 1)
             q = None if stages.greedy else warp(scores, stages, numbers)
             token = scores[0].argmax() if q is None else draw(q[0], uniform)
             if self._cut is not None:
@@ -205,6 +226,8 @@ class Steps:
             # The last token was emitted before; the others are tested.
             logits, tokens = self._forward(layers, text), text[1:]
             scores = logits.astype(mx.float32)
+            if kind.biased:
+                scores, rest = scores + rest[0], rest[1:]
             if kind.masked:
                 scores = bar(scores, rest[0], rest[1])
             q = None if kind.point_mass else rest[-1]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from draftloop.backends.architecture import read_architecture
-from draftloop.backends.base import Capabilities, Proposal
+from draftloop.backends.base import NO_PROPOSAL, Capabilities, Proposal
+from draftloop.backends.biases import draft_bias, target_biases
 from draftloop.backends.numpy.acceptance import accept, draw, top_tokens, warp
 from draftloop.backends.numpy.adapter import FORMS
 from draftloop.backends.numpy.decoder import Decoder, NumpyCache
@@ -167,24 +168,37 @@ class NumpyModel:
 
     def _cut(self, logits: NDArray[np.float32], text: Sequence[int]) -> NDArray[np.float32]:
         """Logits [R, V] of the kept tokens and those of `text`; -inf elsewhere."""
-        if self._vocabulary is None:
+        ids = self._kept(text)
+        if ids is None:
             return logits
-        ids = self._vocabulary.with_text(text, logits.shape[1]).ids
         cut = np.full_like(logits, -np.inf)
         cut[:, ids] = logits[:, ids]
         return cut
 
+    def _kept(self, text: Sequence[int]) -> NDArray[np.int32] | None:
+        if self._vocabulary is None:
+            return None
+        return self._vocabulary.with_text(text, self._architecture.vocab_size).ids
+
     def _propose(self, job: ProposeJob) -> Proposal:
-        rules = job.rules
+        rules, width = job.rules, self._architecture.vocab_size
         coming: Sequence[int] = job.unread
         tokens: list[int] = []
         rows = []
         for i in range(job.num_draft_tokens):
+            bias = None
+            if rules.processor is not None:
+                bias = draft_bias(rules, tokens, width, self._kept(job.text))
+                if bias is None:
+                    break
             logits = self._decoder.forward(cast("NumpyCache", job.cache), coming)[-1:]
             logits = self._cut(logits, job.text)
+            logits = logits if bias is None else logits + bias
             rows.append(warp(logits, rules.sampling, rules.masked_ids, rules.masked_rows - i))
             tokens.append(draw(rows[-1][0], float(job.uniforms[i])))
             coming = tokens[-1:]
+        if not tokens:
+            return NO_PROPOSAL
         q = None if rules.sampling.greedy else np.concatenate(rows)
         return Proposal(tokens=np.array(tokens, np.int64), q=q, num_tokens=len(tokens))
 
@@ -192,7 +206,10 @@ class NumpyModel:
         rules, q = job.rules, job.proposal.q
         tokens = tuple(int(token) for token in job.proposal.tokens)
         logits = self._read(job.cache, (job.last, *tokens))
-        p = warp(logits, rules.sampling, rules.masked_ids, rules.masked_rows)
+        biased = logits
+        if rules.processor is not None:
+            biased = logits + target_biases(rules.processor, tokens, logits.shape[1])
+        p = warp(biased, rules.sampling, rules.masked_ids, rules.masked_rows)
         decision = accept(p, q, tokens, job.accept_uniforms, job.extra_uniforms)
         kept = decision.accepted_tokens
         trace = _trace(logits[: kept + 1], tokens, q) if job.trace else None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from draftloop.backends.biases import target_biases
 from draftloop.types import TRACE_TOP_TOKENS, Trace, Verdict
 
 if TYPE_CHECKING:
@@ -125,12 +126,18 @@ def decide_greedily(logits: torch.Tensor, tokens: torch.Tensor) -> Decision:
 
 
 def verdict_of(logits: torch.Tensor, job: VerifyJob) -> Verdict:
-    """[K+1, V] float32 logits of the target -> the verdict, brought to the host in one transfer."""
+    """[K+1, V] float32 logits of the target -> the verdict, brought to the host in one transfer.
+
+    A processor has to be told the guesses, so they are brought there before.
+    """
     device = logits.device
     tokens, q = on_device(job.proposal, logits.shape[1], device)
     uniforms = to_device(job.accept_uniforms, device), to_device(job.extra_uniforms, device)
-    masked = mask(logits, job.rules)
-    sampling = job.rules.sampling
+    sampling, biased = job.rules.sampling, logits
+    if job.rules.processor is not None:
+        biases = target_biases(job.rules.processor, tokens.tolist(), logits.shape[1])
+        biased = logits + to_device(biases, device)
+    masked = mask(biased, job.rules)
     row = outcome(logits, masked, tokens, q, uniforms=uniforms, sampling=sampling, trace=job.trace)
     return told(row, job)
 

@@ -185,10 +185,10 @@ class TorchModel:
         return self._propose_by_steps([job])[0]
 
     def _propose_by_steps(self, batch: Sequence[ProposeJob]) -> list[Proposal]:
-        """Step j drafts for the sequences that want more than j tokens."""
-        drafts = [Draft(job, self._ids(job.unread), self._head_for(job), self._device) for job in batch]
-        for step in range(max(job.num_draft_tokens for job in batch)):
-            wanting = [draft for draft in drafts if draft.job.num_draft_tokens > step]
+        """Step j drafts for the sequences that want more than j tokens and may have them."""
+        size = self.architecture.vocab_size
+        drafts = [Draft(job, self._ids(job.unread), self._head_for(job), size) for job in batch]
+        while wanting := [draft for draft in drafts if draft.goes_on()]:
             logits = self._logits([draft.piece for draft in wanting], last=True)
             for draft, row in zip(wanting, logits, strict=True):
                 draft.draw(row)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from draftloop.backends.base import Proposal
+from draftloop.backends.base import NO_PROPOSAL, Proposal
+from draftloop.backends.biases import draft_bias
 from draftloop.backends.torch.acceptance import drawn, mask, to_device
 from draftloop.backends.torch.decoder import TorchCache
 
@@ -32,20 +33,44 @@ class Piece:
 
 
 class Draft:
-    """One sequence's proposal in the making."""
+    """One sequence's proposal in the making.
 
-    def __init__(self, job: ProposeJob, unread: torch.Tensor, head: CutHead | None, device: torch.device):
+    Args:
+        job: what is wanted.
+        unread: its tokens, on the device.
+        head: its cut head; None where it is whole.
+        vocab_size: V of the draft.
+    """
+
+    def __init__(self, job: ProposeJob, unread: torch.Tensor, head: CutHead | None, vocab_size: int) -> None:
         self.job = job
         self.piece = Piece(own_cache(job.cache), unread, head)
         self._rules = job.rules if head is None else head.vocabulary.rules(job.rules)
-        self._uniforms = to_device(job.uniforms, device)
+        self._uniforms = to_device(job.uniforms, unread.device)
+        self._vocab_size = vocab_size
         self._tokens: list[torch.Tensor] = []
         self._rows: list[torch.Tensor] = []
+        self._bias: torch.Tensor | None = None
+
+    def goes_on(self) -> bool:
+        """Whether another token is wanted, and allowed. A processor is told of those before, and waits."""
+        if len(self._tokens) >= self.job.num_draft_tokens:
+            return False
+        if self._rules.processor is None:
+            return True
+        head, drafted = self.piece.head, [int(token) for token in self._tokens]
+        ids = None if head is None else head.vocabulary.ids
+        bias = draft_bias(self.job.rules, drafted, self._vocab_size, ids)
+        if bias is None:
+            return False
+        self._bias = to_device(bias if ids is None else bias[ids], self._uniforms.device)
+        return True
 
     def draw(self, logits: torch.Tensor) -> None:
         """The next token, from its logits [1, V or n]; it is what the sequence reads next."""
         step, head = len(self._tokens), self.piece.head
-        masked = mask(logits, self._rules, first_row=step)
+        biased = logits if self._bias is None else logits + self._bias
+        masked = mask(biased, self._rules, first_row=step)
         columns, row = drawn(masked, self._rules.sampling, self._uniforms[step : step + 1])
         self._rows += [] if row is None else [row]
         self._tokens.append(columns if head is None else head.token_ids(columns))
@@ -53,10 +78,12 @@ class Draft:
 
     def proposal(self) -> Proposal:
         """All that was drawn."""
+        if not self._tokens:
+            return NO_PROPOSAL
         q, head = torch.cat(self._rows) if self._rows else None, self.piece.head
         if q is not None and head is not None:
             q = head.spread(q, 0.0)
-        return Proposal(torch.cat(self._tokens), q, self.job.num_draft_tokens)
+        return Proposal(torch.cat(self._tokens), q, len(self._tokens))
 
 
 def own_cache(cache: Cache) -> TorchCache:

@@ -29,7 +29,7 @@ Tensors = tuple[torch.Tensor, ...]
 def drafted(steps: GraphedSteps, cache: TorchCache, unread: torch.Tensor, job: ProposeJob) -> Proposal | None:
     """Read `unread` [T] and draft `job`'s K tokens; None: nothing was read."""
     sampling, rows, k = job.rules.sampling, len(unread), job.num_draft_tokens
-    if _masks(job.rules) or rows > MOST_UNREAD:
+    if _goes_apart(job.rules) or rows > MOST_UNREAD:
         return None
 
     def body(step: Step, inputs: Tensors) -> Tensors:
@@ -56,7 +56,7 @@ def drafted(steps: GraphedSteps, cache: TorchCache, unread: torch.Tensor, job: P
 def verified(steps: GraphedSteps, cache: TorchCache, ids: torch.Tensor, job: VerifyJob) -> Verdict | None:
     """Read `ids` [K+1], the last token and the guesses, and decide; None: nothing was read."""
     sampling, rows, trace = job.rules.sampling, len(ids), job.trace
-    if _masks(job.rules):
+    if _goes_apart(job.rules):
         return None
     q = job.proposal.q
     uniforms = to_device(job.accept_uniforms, ids.device), to_device(job.extra_uniforms, ids.device)
@@ -76,9 +76,9 @@ def verified(steps: GraphedSteps, cache: TorchCache, ids: torch.Tensor, job: Ver
     return None if found is None else told(found[0], job)
 
 
-def _masks(rules: Rules) -> bool:
-    """Whether tokens are forbidden in some rows, which changes as the answer grows."""
-    return rules.masked_rows > 0 and bool(rules.masked_ids)
+def _goes_apart(rules: Rules) -> bool:
+    """Whether rows are changed by what no recording knows: the answer's length, or a processor."""
+    return rules.processor is not None or (rules.masked_rows > 0 and bool(rules.masked_ids))
 
 
 def _widened(q: torch.Tensor, width: int) -> torch.Tensor:
