@@ -76,6 +76,14 @@ def test_a_wrong_port_names_the_flag(draftloop: Callable[..., Result]) -> None:
     draftloop("serve", "--port", "65536").assert_wrong_input("server.port", "65536", "--port")
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_key_is_not_shown_with_the_settings(draftloop: Callable[..., Result], flags: list[str]) -> None:
+    shown = draftloop(*settings(**{"server.api_key": "let-me-in"}), "config", "show", *flags)
+    shown.assert_done()
+    assert "server.api_key" in shown.out
+    assert "let-me-in" not in shown.out
+
+
 def test_without_its_packages_it_says_what_to_install(
     draftloop: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

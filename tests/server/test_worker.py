@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 async def read(ticket: Ticket) -> list[Event]:
     return [event async for event in ticket]
+
+
+async def ask_once(worker: Worker, job: Job) -> list[Event]:
+    return await read(worker.submit(job))
 
 
 def completion_of(events: list[Event]) -> Completion:
@@ -300,6 +305,22 @@ def test_a_step_that_breaks_ends_who_shared_it_and_nobody_else(
 
     asyncio.run(ask())
     assert worker.snapshot().active == 0
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_prompts_and_answers_are_logged_only_where_that_is_wanted(
+    engine: SteppedEngine,
+    make_worker: Callable[..., Worker],
+    job: Callable[..., Job],
+    caplog: pytest.LogCaptureFixture,
+    wanted: bool,
+) -> None:
+    engine.free()
+    worker = make_worker(log_prompts=wanted)
+    with caplog.at_level(logging.DEBUG, "draftloop"):
+        completion = completion_of(asyncio.run(ask_once(worker, job("a secret"))))
+    assert ("a secret" in caplog.text) is wanted
+    assert (repr(completion.text) in caplog.text) is wanted
 
 
 class Listener:

@@ -6,7 +6,7 @@ settings obey.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from draftloop.config import Config
     from draftloop.loading import Prepared
+
+SECRETS, HIDDEN = frozenset({"server.api_key"}), "(hidden)"
 
 
 def build_app() -> typer.Typer:
@@ -52,7 +54,7 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
     from draftloop.config import flatten
 
     loaded = load_settings(context)
-    values = flatten(loaded.config)
+    values = {key: _shown(key, value) for key, value in flatten(loaded.config).items()}
     if as_json:
         origins = {key: str(origin) for key, origin in loaded.origins.items()}
         write_json({key: {"value": value, "origin": origins[key]} for key, value in values.items()})
@@ -61,6 +63,11 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
     for key, value in values.items():
         table.add_row(key, json.dumps(value, ensure_ascii=False), str(loaded.origins[key]))
     print_table(table)
+
+
+def _shown(key: str, value: Any) -> Any:
+    """A setting's value, unless it is a secret: what is shown ends up in bug reports."""
+    return HIDDEN if key in SECRETS and value is not None else value
 
 
 class _Failures:
