@@ -91,16 +91,19 @@ def test_absent_fields_are_the_settings(asked: Callable[..., Request], config: C
     assert (request.max_tokens, request.min_tokens) == (512, 3)
     assert (request.num_draft_tokens, request.num_suffix_tokens) == (4, 15)
     assert (request.seed, request.stop, request.trace) == (None, (), False)
+    assert (request.logit_bias, request.presence_penalty, request.frequency_penalty) == ({}, 0, 0)
 
 
 def test_fields_that_are_given_act(asked: Callable[..., Request]) -> None:
     request = asked(
         temperature=0, top_p=0.5, top_k=7, min_p=0.1, max_tokens=9, min_tokens=2, num_draft_tokens=2, seed=-1,
-        stop=["a", "b"], logprobs=True,
+        stop=["a", "b"], logprobs=True, logit_bias={"5": -100}, presence_penalty=1, frequency_penalty=-0.5,
     )  # fmt: skip
     assert request.sampling == Sampling(0, 0.5, 7, 0.1)
     assert (request.max_tokens, request.min_tokens, request.num_draft_tokens) == (9, 2, 2)
     assert (request.seed, request.stop, request.trace) == (2**64 - 1, ("a", "b"), True)
+    assert request.logit_bias == {5: -100}
+    assert (request.presence_penalty, request.frequency_penalty) == (1, -0.5)
     assert asked(max_completion_tokens=5, stop="x").max_tokens == 5
     assert asked(max_tokens=2).min_tokens == 2
     alone = asked(num_draft_tokens=0)
@@ -154,7 +157,19 @@ def test_what_is_stored_beside_an_answer(asked: Callable[..., Request], worker: 
     assert (plain.domain, plain.source) == (domain_of(SYSTEM), "serve")
     assert asked(store=False).provenance is None
     assert asked("/v1/completions", prompt="x").provenance == Provenance("no system message", "serve")
-    assert domain(asked(tools=TOOLS)) != plain.domain
+    domains = {
+        domain(asked(**fields))
+        for fields in (
+            {},
+            {"logit_bias": {"3": 1}},
+            {"presence_penalty": 0.1},
+            {"frequency_penalty": 0.1},
+            {"logit_bias": {"3": 1}, "presence_penalty": 0.1},
+            {"tools": TOOLS},
+        )
+    }
+    assert len(domains) == 5
+    assert domain(asked(logit_bias={"3": 0}, presence_penalty=0)) == plain.domain
 
 
 def test_turns_of_one_conversation_share_their_fate(asked: Callable[..., Request]) -> None:

@@ -11,6 +11,8 @@ import pytest
 from asking import ask, chat_body
 from serving import toy_server
 
+from draftloop.server.openai.logprobs import UNKNOWN_LOGPROB
+from draftloop.types import TRACE_TOP_TOKENS
 from toy_tokenizers import TOOL_TEMPLATE
 
 if TYPE_CHECKING:
@@ -139,6 +141,30 @@ def test_logprobs_are_the_targets_own_at_temperature_1(chat: Callable[..., Any])
     assert [position.top_logprobs for position in plain] == [[]] * len(plain)
 
 
+def test_a_bias_changes_the_answer_and_not_the_logprobs(chat: Callable[..., Any]) -> None:
+    unlikely, answer = 3, {}
+    for bias in (0, 100):
+        choice = chat(temperature=0, logprobs=True, max_tokens=1, logit_bias={str(unlikely): bias}).choices[0]
+        (answer[bias],) = choice.logprobs.content
+    assert answer[100].bytes != answer[0].bytes
+    assert answer[100].logprob < answer[0].logprob
+    values = []
+    for token in range(TRACE_TOP_TOKENS + 2):
+        biased = chat(temperature=0, logprobs=True, max_tokens=1, logit_bias={str(token): 100}).choices[0]
+        values.append(biased.logprobs.content[0].logprob)
+    assert UNKNOWN_LOGPROB in values
+    assert set(values) != {UNKNOWN_LOGPROB}
+
+
+def test_penalties_keep_an_answer_from_repeating_itself(chat: Callable[..., Any]) -> None:
+    def tokens(**fields: object) -> list[tuple[int, ...]]:
+        content = chat(temperature=0, logprobs=True, max_tokens=200, **fields).choices[0].logprobs.content
+        return [tuple(position.bytes) for position in content]
+
+    free, held = tokens(), tokens(frequency_penalty=2, presence_penalty=2)
+    assert len(set(held)) / len(held) > len(set(free)) / len(free)
+
+
 def test_completions(client: openai.OpenAI) -> None:
     fields: dict[str, Any] = {
         "model": "draftloop",
@@ -206,8 +232,10 @@ BROKEN = {"id": "c", "type": "function", "function": {"name": "f", "arguments": 
         (user("word " * 2000), "messages", "context_length_exceeded"),
         ({"tools": [*TOOLS, *TOOLS]}, "tools", "invalid_value"),
         ({"tools": TOOLS, "logprobs": True}, "logprobs", "invalid_value"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "invalid_value"),
-        ({"presence_penalty": 1}, "presence_penalty", "invalid_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
+        ({"logit_bias": {"the": 1}}, "logit_bias.the", "invalid_value"),
+        ({"logit_bias": {"9999": 1}}, "logit_bias", "invalid_value"),
+        ({"presence_penalty": 2.1}, "presence_penalty", "invalid_value"),
     ],
 )
 def test_what_cannot_act_is_refused_by_name(

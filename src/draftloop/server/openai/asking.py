@@ -103,6 +103,9 @@ def request_of(
         seed=None if fields.seed is None else fields.seed % SEED_RANGE,
         trace=trace,
         provenance=_provenance(service, fields, subject),
+        logit_bias=_logit_bias(service, fields),
+        presence_penalty=fields.presence_penalty or 0.0,
+        frequency_penalty=fields.frequency_penalty or 0.0,
     )
 
 
@@ -141,6 +144,12 @@ def _num_draft_tokens(service: Service, fields: AnswerFields) -> int:
     return most if wanted is None else wanted
 
 
+def _logit_bias(service: Service, fields: AnswerFields) -> dict[int, float]:
+    bias = {int(token): value for token, value in (fields.logit_bias or {}).items()}
+    check_tokens(service, list(bias), "logit_bias")
+    return bias
+
+
 def check_tokens(service: Service, token_ids: Sequence[int], param: str) -> None:
     """Refuse ids beyond the vocabulary."""
     unknown = [token for token in token_ids if token >= service.vocab_size]
@@ -153,7 +162,16 @@ def check_tokens(service: Service, token_ids: Sequence[int], param: str) -> None
 
 
 def _provenance(service: Service, fields: AnswerFields, subject: Subject) -> Provenance | None:
-    """What is stored beside the answer; None where nothing is."""
+    """What is stored beside the answer; None where nothing is.
+
+    Alpha under a bias or penalties is another one than alpha without, so those are domains of their own:
+    requests are compared within one.
+    """
     if fields.store is False or not service.config.storage.collect:
         return None
-    return Provenance(domain_of(subject.system), SOURCE, conversation=subject.conversation)
+    kinds = {
+        "bias": any((fields.logit_bias or {}).values()),
+        "penalties": bool(fields.presence_penalty or fields.frequency_penalty),
+    }
+    domain = " + ".join([domain_of(subject.system), *(kind for kind, is_so in kinds.items() if is_so)])
+    return Provenance(domain, SOURCE, conversation=subject.conversation)

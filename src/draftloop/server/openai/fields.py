@@ -56,6 +56,8 @@ Text = Annotated[str, AfterValidator(_text)]
 StopText = Annotated[str, Field(min_length=1), AfterValidator(_text)]
 JsonObject = Annotated[dict[str, Any], AfterValidator(_plain_json)]
 Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+TokenKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
 
@@ -83,9 +85,9 @@ class AnswerFields(Fields):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     user: Text | None = None
     store: bool | None = None
     n: Annotated[int, Field(ge=1, le=1)] | None = None
