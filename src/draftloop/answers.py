@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from draftloop.learning.recorder import Provenance
+    from draftloop.models.grammar import Grammar
     from draftloop.models.text import TextStream
-    from draftloop.speculation.processors import Grammar
     from draftloop.speculation.round import Round
     from draftloop.speculation.stream import DecodeSettings
     from draftloop.types import Sampling, Trace

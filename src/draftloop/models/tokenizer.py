@@ -86,6 +86,10 @@ class Tokenizer:
         """Tokens that stand for no text: they frame messages, or end them."""
         return frozenset(self._special_tokens) | self.eos_token_ids
 
+    def to_json(self) -> str:
+        """All of it, in the form of `tokenizer.json`."""
+        return str(self._backend.to_str())
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`, with nothing added before or after.
 

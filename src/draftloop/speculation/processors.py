@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,40 +22,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from draftloop.models.grammar import Grammar
+
     Floats = NDArray[np.float32]
 
 MOST_BIAS = 100.0
 """The OpenAI API's bounds: a bias this high makes a token all but certain, or all but impossible."""
 MOST_PENALTY = 2.0
-
-
-class GrammarState(Protocol):
-    """A grammar at one place of one answer."""
-
-    def allowed(self, drafted: Sequence[int]) -> NDArray[np.bool_] | None:
-        """Which tokens may follow `drafted`, [V], at least one; None where those are forbidden or end it."""
-        ...
-
-    def num_allowed(self, tokens: Sequence[int]) -> int:
-        """How many of `tokens` may follow, one after another."""
-        ...
-
-    def advance(self, tokens: Sequence[int]) -> int:
-        """Go on by what was emitted, and tell how many of `tokens` there were before the grammar ended."""
-        ...
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing but the answer's end may follow."""
-        ...
-
-
-class Grammar(Protocol):
-    """What an answer must look like."""
-
-    def start(self) -> GrammarState:
-        """At an answer's beginning."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
