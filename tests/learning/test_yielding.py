@@ -28,18 +28,27 @@ class Day:
 
     def __init__(self, directory, at_sleep=lambda: None) -> None:
         self.now_s = 0.0
+        self.worked_s = 0.0
         self.slept_s = 0.0
         self.stop = False
         self._at_sleep = at_sleep
-        self.run = Yielding(directory, lambda: self.stop, clock=lambda: self.now_s, sleep=self._sleep)
+        self.run = Yielding(
+            directory,
+            lambda: self.stop,
+            work_clock=lambda: self.worked_s,
+            clock=lambda: self.now_s,
+            sleep=self._sleep,
+        )
 
     def _sleep(self, seconds: float) -> None:
         self.now_s += seconds
         self.slept_s += seconds
         self._at_sleep()
 
-    def work(self, seconds: float) -> None:
+    def work(self, seconds: float, share: float = 1.0) -> None:
+        """Some time, of which the system gave it a share."""
         self.now_s += seconds
+        self.worked_s += share * seconds
 
 
 @pytest.fixture
@@ -77,13 +86,21 @@ def test_it_waits_for_the_last_of_several_answers(tmp_path, answering):
 
 
 def test_who_always_waits_works_a_tenth_of_the_time(tmp_path, answering):
-    day, worked_s = Day(tmp_path), 0.0
+    day = Day(tmp_path)
     with answering():
         while day.now_s < 60:
             day.work(0.05)
-            worked_s += 0.05
             day.run.wait()
-    assert worked_s / day.now_s == pytest.approx(LEAST_SHARE, rel=0.15)
+    assert day.worked_s / day.now_s == pytest.approx(LEAST_SHARE, rel=0.15)
+
+
+def test_who_gets_little_of_the_processors_does_not_wait_on_top_of_that(tmp_path, answering):
+    day = Day(tmp_path)
+    with answering():
+        for _ in range(100):
+            day.work(1, share=LEAST_SHARE / 2)
+            day.run.wait()
+    assert day.slept_s == 0
 
 
 def test_a_wish_to_stop_ends_the_wait(tmp_path, answering):

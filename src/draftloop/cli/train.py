@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,7 +77,9 @@ def _learn(config: Config, *, resume: bool, quiet: bool, background: bool) -> Ou
         prepared = prepare_draft(config, Bars())
         with TrainingBars(quiet=quiet) as bars, interrupt_as_flag(_say_heard) as stop:
             directory = Path(config.storage.directory)
-            courtesy = Yielding(directory, stop.is_set) if background else UNHURRIED
+            on_cpu = prepared.backend.capabilities().device.startswith("cpu")
+            work_clock = time.process_time if on_cpu else time.perf_counter
+            courtesy = Yielding(directory, stop.is_set, work_clock=work_clock) if background else UNHURRIED
             try:
                 school = open_school(config, prepared, store, courtesy)
                 return learn(school, bars, stop.is_set, resume=resume)

@@ -112,6 +112,8 @@ class Yielding:
     Args:
         directory: `storage.directory`.
         stop_wanted: a yes ends every wait, so that the run can end.
+        work_clock: counts seconds of work. Where answers take the processors too, those of the process: it
+            has the lowest priority, and is not to be held back where they leave it little anyway.
         clock, sleep: of the waits.
     """
 
@@ -120,6 +122,7 @@ class Yielding:
         directory: Path,
         stop_wanted: Callable[[], bool],
         *,
+        work_clock: Callable[[], float] = time.perf_counter,
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -127,15 +130,19 @@ class Yielding:
         self._stop_wanted = stop_wanted
         self._clock = clock
         self._sleep = sleep
+        self._work_clock = work_clock
         self._began_s = clock()
-        self._waited_s = 0.0
+        self._resumed_s = work_clock()
+        self._worked_s = 0.0
 
     def wait(self) -> None:
         """See `Courtesy`."""
-        while self._somebody_answers() and self._may_wait() and not self._stop_wanted():
-            before_s = self._clock()
+        if not self._somebody_answers():
+            return
+        self._worked_s += self._work_clock() - self._resumed_s
+        while self._may_wait() and not self._stop_wanted() and self._somebody_answers():
             self._sleep(LOOK_S)
-            self._waited_s += self._clock() - before_s
+        self._resumed_s = self._work_clock()
 
     def undisturbed(self, measure: Callable[[Callable[[], float]], T]) -> T:
         """See `Courtesy`. It is given up and made again where somebody begins to answer meanwhile."""
@@ -154,7 +161,7 @@ class Yielding:
         return measure(time.perf_counter)
 
     def _may_wait(self) -> bool:
-        return self._waited_s < (1 - LEAST_SHARE) * (self._clock() - self._began_s)
+        return self._worked_s > LEAST_SHARE * (self._clock() - self._began_s)
 
     def _somebody_answers(self) -> bool:
         try:
