@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from draftloop.engine import Completion, Engine, PromptProgress, Request, RoundD
 from draftloop.errors import ContextFull, InputError
 from draftloop.learning.deployment import Change, Deployed
 from draftloop.learning.recorder import Answered, Provenance
+from draftloop.models.grammar import Grammars
 from draftloop.models.messages import Message
 from draftloop.models.tokenizer import Tokenizer
 from draftloop.speculation.round import decode
@@ -186,6 +188,35 @@ def test_a_seed_that_was_drawn_is_told(engine: Engine) -> None:
 def test_nothing_asked_is_refused(engine: Engine, max_tokens: int) -> None:
     with pytest.raises(InputError, match=str(max_tokens)):
         engine.complete(request(engine, max_tokens=max_tokens))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"logit_bias": {272: 1.0}}, {"presence_penalty": 2.1}, {"frequency_penalty": float("nan")}]
+)
+def test_steering_out_of_bounds_is_refused(engine: Engine, wrong: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        engine.complete(request(engine, **wrong))
+
+
+def test_a_grammar_ends_the_answer_and_leaves_the_conversation_whole(engine: Engine) -> None:
+    grammars = Grammars(engine.tokenizer, engine.pair.target.architecture.vocab_size)
+    conversation = engine.open_conversation()
+    schema = {"type": "array", "items": {"enum": ["on", "off"]}, "minItems": 2, "maxItems": 3}
+    # Blanks are as likely as anything in a toy's JSON.
+    blanks = {token: -50.0 for token in range(256) if engine.tokenizer.decode([token]).isspace()}
+    answers = []
+    for _ in range(2):
+        steered = request(
+            engine, grammar=grammars.json_schema(schema), logit_bias=blanks, min_tokens=23, trace=True
+        )
+        answers.append(engine.complete(steered, conversation))
+        assert answers[-1].finish_reason is FinishReason.STOP
+        assert 2 <= len(json.loads(answers[-1].text)) <= 3
+        counts_agree(answers[-1])
+        assert sum(len(trace.top_ids) for trace in answers[-1].traces) == len(answers[-1].token_ids)
+    assert answers[0].token_ids == answers[1].token_ids
+    # Nothing of it stays with the conversation.
+    assert engine.complete(request(engine), conversation).text == engine.complete(request(engine)).text
 
 
 def test_a_prompt_that_fills_the_cache_is_refused(engine: Engine) -> None:

@@ -117,10 +117,15 @@ def test_masking_the_draft_is_what_it_is_accepted_for(pair, asked):
     assert totals[0, 0] / totals[0, 1] > 2 * totals[1, 0] / totals[1, 1]
 
 
-def test_min_tokens_does_not_hold_a_grammars_end_back(pair, asked, tokenizer):
-    settings = asked({"const": 5}, min_tokens=30)
-    rounds = rounds_of(pair, PROMPTS[1], settings)
+def test_min_tokens_does_not_hold_a_grammars_end_back(pair, asked, grammars, tokenizer):
+    """Neither where the grammar ends the answer, nor where it lets EOS do so."""
+    rounds = rounds_of(pair, PROMPTS[1], asked({"const": 5}, min_tokens=30))
     assert tokenizer.decode(tokens_of(rounds)) == "5"
+    assert rounds[-1].finish_reason is FinishReason.STOP
+    eos = dict.fromkeys(tokenizer.eos_token_ids, 50.0)
+    steering = Steering(eos, grammar=grammars.lark("start: /[a-h]*/"))
+    rounds = rounds_of(pair, PROMPTS[1], asked({}, min_tokens=30, steering=steering))
+    assert len(tokens_of(rounds)) == 1
     assert rounds[-1].finish_reason is FinishReason.STOP
 
 
