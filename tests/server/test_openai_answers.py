@@ -14,8 +14,9 @@ from scripted import ScriptedWorker, saying
 from serving import served
 
 from draftloop.config import Config
-from draftloop.errors import ContextFull, OutOfMemory
+from draftloop.errors import ContextFull, GrammarFailed, OutOfMemory
 from draftloop.learning.recorder import Provenance, domain_of
+from draftloop.models.grammar import Grammars
 from draftloop.models.messages import Message, ToolCall
 from draftloop.models.tokenizer import Tokenizer
 from draftloop.models.tool_calls import call_format_of
@@ -52,6 +53,7 @@ def service(tokenizer: Tokenizer, config: Config) -> Service:
         tokenizer=tokenizer,
         worker=ScriptedWorker(),  # type: ignore[arg-type]
         vocab_size=tokenizer.vocab_size,
+        grammars=Grammars(tokenizer, tokenizer.vocab_size),
         call_format=call_format_of(tokenizer),
     )
 
@@ -90,7 +92,7 @@ def test_absent_fields_are_the_settings(asked: Callable[..., Request], config: C
     assert request.sampling == Sampling(0.7, 0.9)
     assert (request.max_tokens, request.min_tokens) == (512, 3)
     assert (request.num_draft_tokens, request.num_suffix_tokens) == (4, 15)
-    assert (request.seed, request.stop, request.trace) == (None, (), False)
+    assert (request.seed, request.stop, request.trace, request.grammar) == (None, (), False, None)
     assert (request.logit_bias, request.presence_penalty, request.frequency_penalty) == ({}, 0, 0)
 
 
@@ -165,10 +167,12 @@ def test_what_is_stored_beside_an_answer(asked: Callable[..., Request], worker: 
             {"presence_penalty": 0.1},
             {"frequency_penalty": 0.1},
             {"logit_bias": {"3": 1}, "presence_penalty": 0.1},
+            {"response_format": {"type": "json_object"}},
             {"tools": TOOLS},
+            {"tools": TOOLS, "tool_choice": "required"},
         )
     }
-    assert len(domains) == 5
+    assert len(domains) == 7
     assert domain(asked(logit_bias={"3": 0}, presence_penalty=0)) == plain.domain
 
 
@@ -273,6 +277,7 @@ FAILURES = [
     (ShuttingDown(), 503, "server_error", "shutting_down"),
     (TimedOut(5), 504, "server_error", "timeout"),
     (ContextFull("too long", remedy="Shorten it."), 400, "invalid_request_error", "context_length_exceeded"),
+    (GrammarFailed("too complex", remedy="Simplify it."), 400, "invalid_request_error", "grammar_failed"),
     (OutOfMemory("memory ran out", remedy="Ask for less."), 500, "server_error", "internal_error"),
 ]
 

@@ -23,7 +23,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 FEW_TOKENS = 24
 SCHEMA = {
     "type": "object",
-    "properties": {"name": {"enum": ["ann", "bob"]}, "age": {"type": "integer"}},
+    "properties": {"name": {"enum": ["ann", "bob"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
     "required": ["name", "age"],
     "additionalProperties": False,
 }
@@ -165,6 +165,43 @@ def test_penalties_keep_an_answer_from_repeating_itself(chat: Callable[..., Any]
     assert len(set(held)) / len(held) > len(set(free)) / len(free)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_an_answer_follows_its_schema(chat: Callable[..., Any], seed: int) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+    choice = chat(response_format=form, seed=seed, temperature=1, max_tokens=200).choices[0]
+    assert choice.finish_reason == "stop"
+    person = json.loads(choice.message.content)
+    assert set(person) == {"name", "age"}
+    assert person["name"] in {"ann", "bob"}
+    assert isinstance(person["age"], int)
+    stream = chat(response_format=form, seed=seed, temperature=1, max_tokens=200, stream=True)
+    assert streamed(stream)[:2] == (choice.message.content, choice.finish_reason)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "leave"}}])
+def test_a_tool_that_must_be_called_is_called(chat: Callable[..., Any], choice: Any, seed: int) -> None:
+    fields = {
+        "tools": TOOLS,
+        "tool_choice": choice,
+        "seed": seed,
+        "max_tokens": 300,
+        "temperature": 1,
+    }
+    if choice == "required":
+        fields["parallel_tool_calls"] = False
+    answer = chat(**fields).choices[0]
+    (call,) = answer.message.tool_calls
+    assert answer.finish_reason == "tool_calls"
+    assert answer.message.content is None
+    assert call.function.name in (["greet", "leave"] if choice == "required" else ["leave"])
+    arguments = json.loads(call.function.arguments)
+    assert set(arguments) == ({"name", "age"} if call.function.name == "greet" else set())
+    deltas = [chunk.choices[0].delta for chunk in chat(**fields, stream=True)]
+    ((streamed_call,),) = [delta.tool_calls for delta in deltas if delta.tool_calls]
+    assert streamed_call.function.model_dump() == call.function.model_dump()
+
+
 def test_completions(client: openai.OpenAI) -> None:
     fields: dict[str, Any] = {
         "model": "draftloop",
@@ -189,6 +226,15 @@ def test_completions(client: openai.OpenAI) -> None:
 
 def user(content: object, **fields: object) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": content, **fields}]}
+
+
+def form(schema: object) -> dict[str, object]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
+def tool(parameters: object) -> dict[str, object]:
+    function = {"name": "f", "parameters": parameters}
+    return {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
 
 
 IMAGE = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
@@ -231,11 +277,25 @@ BROKEN = {"id": "c", "type": "function", "function": {"name": "f", "arguments": 
         ),
         (user("word " * 2000), "messages", "context_length_exceeded"),
         ({"tools": [*TOOLS, *TOOLS]}, "tools", "invalid_value"),
+        (tool({"x-guidance": {"lenient": True}}), "tools[0].function.parameters", "invalid_value"),
+        (form({"x-guidance": {"lenient": True}}), "response_format", "invalid_value"),
+        (tool({"type": "string"}), "tools[0].function.parameters", "invalid_value"),
+        (tool({"properties": {"a": {"type": "nothing"}}}), "tools", "invalid_value"),
+        (form({"type": "object", "unevaluatedItems": 1}), "response_format", "invalid_value"),
         ({"tools": TOOLS, "logprobs": True}, "logprobs", "invalid_value"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
         ({"logit_bias": {"the": 1}}, "logit_bias.the", "invalid_value"),
         ({"logit_bias": {"9999": 1}}, "logit_bias", "invalid_value"),
         ({"presence_penalty": 2.1}, "presence_penalty", "invalid_value"),
+        ({"min_tokens": 2, "response_format": {"type": "json_object"}}, "min_tokens", "invalid_value"),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format", "invalid_value"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+            "missing_required_parameter",
+        ),
     ],
 )
 def test_what_cannot_act_is_refused_by_name(

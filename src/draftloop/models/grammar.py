@@ -35,7 +35,7 @@ KEPT_GRAMMARS = 16
 _STACK_BYTES = 256 * 2**20
 """The compiler calls itself once for each reference to another part of a schema, and some 10 KB go with each
 call: MOST_CHARACTERS of references fill a tenth of this. Only what is used is taken of the memory."""
-_ITS_OWN_KEYWORD = "x-guidance"
+OPTIONS_KEYWORD = "x-guidance"
 """By which a schema could tell the library to ignore what it does not support."""
 _OPTIONS = {
     "whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{MOST_WHITESPACE}}}",
@@ -86,6 +86,8 @@ class Grammars:
     def lark(self, text: str) -> Grammar:
         """A grammar in llguidance's dialect of Lark, which may hold JSON schemas (`%json {…}`).
 
+        Schemas in it may have `OPTIONS_KEYWORD` at their top: who writes the grammar sees to what it says.
+
         Raises:
             InputError: the grammar is wrong, or too large.
             ModelUnreadable: as `json_object`.
@@ -97,9 +99,9 @@ class Grammars:
             raise InputError(
                 f"the {kind} has {len(text)} characters", remedy=f"Send at most {MOST_CHARACTERS}."
             )
-        if f'"{_ITS_OWN_KEYWORD}"' in text:
+        if kind == "schema" and f'"{OPTIONS_KEYWORD}"' in text:
             raise InputError(
-                f"the {kind} has the keyword {_ITS_OWN_KEYWORD}, which is not supported",
+                f"the {kind} has the keyword {OPTIONS_KEYWORD}, which is not supported",
                 remedy="Leave it out.",
             )
         with self._lock:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from fastapi import Request  # noqa: TC002  # FastAPI reads annotations when it runs
 
+from draftloop.models.grammar import Grammars
 from draftloop.models.tool_calls import call_format_of
 from draftloop.server.dashboard.session import SessionHistory
 from draftloop.server.worker import Worker
@@ -32,6 +33,7 @@ class Service:
         tokenizer: of the pair. It is read by any thread.
         worker: owns the models.
         vocab_size: the target's: token ids end before it.
+        grammars: what answers can be held to.
         call_format: how the model writes calls of tools; None where it knows none.
         store: where answers are kept; None where there is none.
         with_draft: False where the target answers alone.
@@ -43,6 +45,7 @@ class Service:
     tokenizer: Tokenizer
     worker: Worker
     vocab_size: int
+    grammars: Grammars
     call_format: CallFormat | None = None
     store: Store | None = None
     with_draft: bool = True
@@ -80,11 +83,13 @@ def open_service(
     if not config.storage.collect:
         session = SessionHistory()
         worker.figures.tell(session.add)
+    vocab_size = engine.pair.target.architecture.vocab_size
     return Service(
         config=config,
         tokenizer=engine.tokenizer,
         worker=worker,
-        vocab_size=engine.pair.target.architecture.vocab_size,
+        vocab_size=vocab_size,
+        grammars=Grammars(engine.tokenizer, vocab_size),
         call_format=call_format_of(engine.tokenizer),
         store=store,
         with_draft=with_draft,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request as HttpRequest
 
+    from draftloop.models.grammar import Grammar
     from draftloop.server.openai.fields import AnswerFields
     from draftloop.server.service import Service
 
@@ -70,6 +71,7 @@ def request_of(
     *,
     max_tokens: int | None,
     subject: Subject,
+    grammar: Grammar | None = None,
     stop: Sequence[str] = (),
     trace: bool = False,
 ) -> Request:
@@ -81,6 +83,7 @@ def request_of(
         prompt_tokens: framed as the model wants it.
         max_tokens: the most that the answer may have; None as the settings have it.
         subject: what it is about.
+        grammar: what the answer must look like.
         stop: strings that end it, beside those of the fields.
         trace: whether log-probabilities are wanted.
 
@@ -96,16 +99,17 @@ def request_of(
         prompt_tokens=prompt_tokens,
         sampling=_sampling(service, fields),
         max_tokens=longest,
-        min_tokens=_min_tokens(service, fields, longest),
+        min_tokens=_min_tokens(service, fields, longest, constrained=grammar is not None),
         num_draft_tokens=num_draft_tokens,
         num_suffix_tokens=suffix_tokens(config) if num_draft_tokens else 0,
         stop=(*fields.stops, *stop),
         seed=None if fields.seed is None else fields.seed % SEED_RANGE,
         trace=trace,
-        provenance=_provenance(service, fields, subject),
+        provenance=_provenance(service, fields, subject, constrained=grammar is not None),
         logit_bias=_logit_bias(service, fields),
         presence_penalty=fields.presence_penalty or 0.0,
         frequency_penalty=fields.frequency_penalty or 0.0,
+        grammar=grammar,
     )
 
 
@@ -119,12 +123,18 @@ def _sampling(service: Service, fields: AnswerFields) -> Sampling:
     )
 
 
-def _min_tokens(service: Service, fields: AnswerFields, longest: int) -> int:
+def _min_tokens(service: Service, fields: AnswerFields, longest: int, *, constrained: bool) -> int:
     if fields.min_tokens is None:
         return min(service.config.generation.min_tokens, longest)
     if fields.min_tokens > longest:
         raise ApiError(
             f"min_tokens is {fields.min_tokens} and the answer has {longest} tokens at most.",
+            param="min_tokens",
+            code="invalid_value",
+        )
+    if constrained:
+        raise ApiError(
+            "min_tokens: a JSON format or a forced tool call decides alone when the answer ends.",
             param="min_tokens",
             code="invalid_value",
         )
@@ -161,15 +171,18 @@ def check_tokens(service: Service, token_ids: Sequence[int], param: str) -> None
         )
 
 
-def _provenance(service: Service, fields: AnswerFields, subject: Subject) -> Provenance | None:
+def _provenance(
+    service: Service, fields: AnswerFields, subject: Subject, *, constrained: bool
+) -> Provenance | None:
     """What is stored beside the answer; None where nothing is.
 
-    Alpha under a bias or penalties is another one than alpha without, so those are domains of their own:
-    requests are compared within one.
+    Alpha under a grammar, a bias or penalties is another one than alpha without, so those are domains of
+    their own: requests are compared within one.
     """
     if fields.store is False or not service.config.storage.collect:
         return None
     kinds = {
+        "grammar": constrained,
         "bias": any((fields.logit_bias or {}).values()),
         "penalties": bool(fields.presence_penalty or fields.frequency_penalty),
     }

@@ -22,7 +22,7 @@ from draftloop.server.openai.asking import Subject, check_model, client_of, requ
 from draftloop.server.openai.chat_reply import ChatReply
 from draftloop.server.openai.errors import ApiError, documented
 from draftloop.server.openai.events import STREAMED, EventStream
-from draftloop.server.openai.fields import ChatFields  # noqa: TC001  # FastAPI reads annotations
+from draftloop.server.openai.fields import ChatFields, JsonFormat, SchemaFormat
 from draftloop.server.openai.replies import ChatCompletion, to_json
 from draftloop.server.openai.tools import ToolUse, tool_use
 from draftloop.server.openai.turns import turns_of
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from draftloop.answers import Request as EngineRequest
+    from draftloop.models.grammar import Grammar
 
 router = APIRouter()
 
@@ -85,6 +86,7 @@ def prepare(service: Service, fields: ChatFields) -> AskedChat:
     elif system:
         messages = [Message("system", system), *messages]
     tools = tool_use(service, fields)
+    grammar = tools.grammar if tools else _format_grammar(service, fields)
     try:
         return AskedChat(
             request_of(
@@ -93,6 +95,7 @@ def prepare(service: Service, fields: ChatFields) -> AskedChat:
                 service.tokenizer.chat_tokens(messages, tools=tools.shown if tools else ()),
                 max_tokens=fields.max_completion_tokens or fields.max_tokens,
                 subject=Subject(_domain_text(system, tools), _conversation(messages)),
+                grammar=grammar,
                 stop=tools.stop if tools else (),
                 trace=bool(fields.logprobs),
             ),
@@ -113,3 +116,20 @@ def _conversation(messages: Sequence[Message]) -> str:
     """What all turns of one conversation share: its beginning, up to the first thing that the user says."""
     first = next((i for i, message in enumerate(messages) if message.role == "user"), len(messages) - 1)
     return digest(json.dumps([[one.role, one.content] for one in messages[: first + 1]]))
+
+
+def _format_grammar(service: Service, fields: ChatFields) -> Grammar | None:
+    """What `response_format` demands.
+
+    Raises:
+        ApiError: a schema says something that cannot be held to.
+    """
+    try:
+        match fields.response_format:
+            case JsonFormat():
+                return service.grammars.json_object()
+            case SchemaFormat(json_schema=named):
+                return service.grammars.json_schema(named.schema_)
+    except InputError as error:
+        raise ApiError(f"response_format: {error}", param="response_format", code="invalid_value") from error
+    return None

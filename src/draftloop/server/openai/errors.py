@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from draftloop.errors import ContextFull, DraftloopError, InputError
+from draftloop.errors import ContextFull, DraftloopError, GrammarFailed, InputError
 from draftloop.server.tickets import Cancelled, QueueFull, ShuttingDown, TimedOut
 
 if TYPE_CHECKING:
@@ -132,6 +132,8 @@ def described(error: Exception) -> ApiError:
             return ApiError(str(error), code="context_length_exceeded")
         case InputError():
             return ApiError(str(error))
+        case GrammarFailed():
+            return ApiError(str(error), code="grammar_failed")
         case QueueFull():
             status, code = int(HTTPStatus.TOO_MANY_REQUESTS), "rate_limit_exceeded"
         case ShuttingDown():

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from draftloop.config.schema import LOWEST_TEMPERATURE, MAX_COUNT, MAX_DRAFT_TOKENS
+from draftloop.models.grammar import OPTIONS_KEYWORD
 from draftloop.server.openai.errors import CONTRADICTION
 
 MAX_STOPS = 4
@@ -44,6 +45,14 @@ def _plain_json(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _of_an_object(schema: dict[str, Any]) -> dict[str, Any]:
+    if schema.get("type", "object") != "object":
+        raise ValueError('a schema of type "object": arguments have names')
+    if OPTIONS_KEYWORD in schema:
+        raise ValueError(f"a schema without {OPTIONS_KEYWORD}")
+    return schema
+
+
 def _text(value: str) -> str:
     try:
         value.encode()
@@ -55,8 +64,8 @@ def _text(value: str) -> str:
 Text = Annotated[str, AfterValidator(_text)]
 StopText = Annotated[str, Field(min_length=1), AfterValidator(_text)]
 JsonObject = Annotated[dict[str, Any], AfterValidator(_plain_json)]
-Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 TokenKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
@@ -207,8 +216,8 @@ class FunctionTool(Fields):
 
     name: Name
     description: Text | None = None
-    parameters: JsonObject | None = None
-    strict: Literal[False] | None = None
+    parameters: Annotated[JsonObject, AfterValidator(_of_an_object)] | None = None
+    strict: bool | None = None
 
 
 class Tool(Fields):
@@ -218,10 +227,50 @@ class Tool(Fields):
     function: FunctionTool
 
 
+class NamedFunction(Fields):
+    """A function by its name."""
+
+    name: Name
+
+
+class NamedTool(Fields):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class TextFormat(Fields):
     """Any text."""
 
     type: Literal["text"]
+
+
+class JsonFormat(Fields):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Fields):
+    """A JSON schema. It holds whether `strict` is said or not."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    name: Name
+    schema_: JsonObject = Field(alias="schema")
+    strict: bool | None = None
+    description: Literal[""] | None = None
+
+
+class SchemaFormat(Fields):
+    """JSON by a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
 
 
 class ChatFields(AnswerFields):
@@ -232,9 +281,9 @@ class ChatFields(AnswerFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_CHAT_LOGPROBS)] | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
     service_tier: Literal["auto", "default"] | None = None
     metadata: Annotated[dict[str, Any], Field(max_length=0)] | None = None
@@ -250,10 +299,16 @@ class ChatFields(AnswerFields):
         if self.top_logprobs is not None and not self.logprobs:
             raise Contradiction("top_logprobs", "add logprobs: true")
         names = [tool.function.name for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise Contradiction("tool_choice", f"tools has no function {self.tool_choice.function.name}")
+        if self.tool_choice == "required" and not names:
+            raise Contradiction("tool_choice", "there are no tools to choose from")
         if len(set(names)) < len(names):
             raise Contradiction("tools", "two functions have the same name")
         if self.offered_tools and self.logprobs:
             raise Contradiction("logprobs", "not where tools may be called")
+        if self.offered_tools and self.response_format and self.response_format.type != "text":
+            raise Contradiction("response_format", "not where tools may be called")
         return self
 
     @property
