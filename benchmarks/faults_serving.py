@@ -35,6 +35,7 @@ from traffic import Target, read_reply, read_status  # noqa: E402
 
 import pupils  # noqa: E402
 from draftloop.models.tokenizer import Tokenizer  # noqa: E402
+from draftloop.storage.store import DATABASE_NAME  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 ADAPTERS = ("first", "second")
 CLIENTS = 3
 LONGEST_LIFE_S = 0.8
-ROOM_BYTES = 30_000
+ROOM_BYTES = 200_000
 """What the full disk still takes."""
 NOT_STORED = "was not stored"
 
@@ -177,8 +178,9 @@ async def fill_the_disk(lab: Lab, server: Running, past: Witness) -> int:
     """Answer with a full disk, then with room again; how many answers the server said it could not store."""
     target = Target(server.port, server.model, 20, ())
     past.promoting, past.streaming = None, 0
-    files = [file.stat().st_size for file in Path("data").iterdir() if file.is_file()]
-    server.bound_files(max(files) + ROOM_BYTES)
+    # Everything is written to SQLite's log first.
+    await ask_once(target, past, "room still", stream=False)
+    server.bound_files(Path("data", f"{DATABASE_NAME}-wal").stat().st_size + ROOM_BYTES)
     before = len(past.answered)
     for number in range(60):
         await ask_once(target, past, f"full disk, question {number}", stream=True)
