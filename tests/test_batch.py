@@ -14,7 +14,7 @@ from draftloop.answers import Failed
 from draftloop.backends.lora import AdapterForm
 from draftloop.backends.registry import open_backend
 from draftloop.engine import Completion, Engine, PromptProgress, Request, RoundDone, TextPiece
-from draftloop.errors import ContextFull, InputError, OutOfMemory
+from draftloop.errors import ContextFull, GrammarFailed, InputError, OutOfMemory
 from draftloop.learning.deployment import Change, Deployed
 from draftloop.learning.recorder import Provenance
 from draftloop.models.tokenizer import Tokenizer
@@ -227,6 +227,49 @@ def test_a_round_that_fails_ends_those_who_shared_it(new_engine, monkeypatch):
     assert {who for who, events in told.items() if isinstance(events[-1], Failed)} == both
     assert told[reading][-1].token_ids == engine.complete(request(2, length=200)).token_ids
     assert not recorder.heard
+
+
+class Breaking:
+    """A grammar that allows everything and cannot be followed beyond so many tokens."""
+
+    def __init__(self, most):
+        self.most, self.said, self.ended = most, 0, False
+
+    def start(self):
+        return Breaking(self.most)
+
+    def allowed(self, drafted):
+        if self.said + len(drafted) >= self.most:
+            raise GrammarFailed("too complex", remedy="Choose another one.")
+        return np.ones(272, bool)
+
+    def num_allowed(self, tokens):
+        return len(tokens)
+
+    def advance(self, tokens):
+        self.said += len(tokens)
+        return len(tokens)
+
+
+@pytest.mark.parametrize("most", [0, 2, 7])
+def test_whose_grammar_fails_fails_alone(new_engine, most):
+    recorder = Listener()
+    engine = new_engine(recorder=recorder)
+    conversation = engine.open_conversation()
+    with engine.batch() as batch:
+        well = batch.join(request())
+        asked = request(1, grammar=Breaking(most), provenance=PROVENANCE)
+        breaks = batch.join(asked, conversation)
+        told = run(batch)
+    assert isinstance(told[breaks][-1], Failed)
+    assert isinstance(told[breaks][-1].error, GrammarFailed)
+    said = tuple(token for outcome in rounds_of(told[breaks]) for token in outcome.tokens)
+    assert len(said) <= most
+    assert [answered.finish_reason for answered in recorder.heard] == ["cancelled"] * bool(said)
+    assert told[well][-1].token_ids == engine.complete(request()).token_ids
+    assert engine.complete(request(1), conversation).token_ids == engine.complete(request(1)).token_ids
+    with pytest.raises(GrammarFailed):
+        engine.complete(request(1, grammar=Breaking(most)))
 
 
 def test_who_leaves_is_stored_and_leaves_a_whole_conversation(new_engine):

@@ -272,7 +272,13 @@ class Batch:
             return
         self._round_s = self._clock() - started_s
         part_s = self._round_s / len(active)
-        told = [one.take(outcome, part_s) for one, outcome in zip(active, outcomes, strict=True)]
+        for member in active:
+            if member.stream.failure is not None:
+                member.break_off(whole=True)
+        told = [
+            [Failed(one.stream.failure)] if one.stream.failure is not None else one.take(outcome, part_s)
+            for one, outcome in zip(active, outcomes, strict=True)
+        ]
         for member, events in zip(active, told, strict=True):
             yield from ((member, event) for event in events)
         for member in active:

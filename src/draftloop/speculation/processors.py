@@ -11,20 +11,22 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from draftloop.errors import InputError
+from draftloop.errors import GrammarFailed, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from draftloop.models.grammar import Grammar
 
     Floats = NDArray[np.float32]
+
+T = TypeVar("T")
 
 MOST_BIAS = 100.0
 """The OpenAI API's bounds: a bias this high makes a token all but certain, or all but impossible."""
@@ -89,21 +91,25 @@ class AnswerProcessor:
         self._put(self._bias, dict.fromkeys(steering.logit_bias, 0))
         # The draft and then the target ask for the same rows of a round.
         self._rows: dict[tuple[int, ...], Floats | None] = {}
+        self.failure: GrammarFailed | None = None
+        """Why the answer cannot go on. Kept, not raised: others may share its round."""
 
     def bias(self, drafted: Sequence[int]) -> Floats | None:
         """See `Processor`."""
         place = tuple(drafted)
         if place not in self._rows:
-            self._rows[place] = self._row(place)
+            self._rows[place] = self._guarded(lambda: self._row(place), None)
         return self._rows[place]
 
     def num_allowed(self, tokens: Sequence[int]) -> int:
         """How many of `tokens` may be emitted, one after another."""
-        return len(tokens) if self._state is None else self._state.num_allowed(tokens)
+        state = self._state
+        return len(tokens) if state is None else self._guarded(lambda: state.num_allowed(tokens), 0)
 
     def advance(self, tokens: Sequence[int]) -> int:
         """The answer has grown; how many of `tokens` belong to it: the grammar may have ended before."""
-        kept = len(tokens) if self._state is None else self._state.advance(tokens)
+        state = self._state
+        kept = len(tokens) if state is None else self._guarded(lambda: state.advance(tokens), 0)
         self._rows.clear()
         self._counts.update(tokens[:kept])
         self._put(self._bias, {token: self._counts[token] for token in tokens[:kept]})
@@ -113,6 +119,15 @@ class AnswerProcessor:
     def ended(self) -> bool:
         """Whether the grammar lets nothing follow."""
         return self._state is not None and self._state.ended
+
+    def _guarded(self, work: Callable[[], T], otherwise: T) -> T:
+        """What `work` gives; something harmless from its failure on."""
+        if self.failure is None:
+            try:
+                return work()
+            except GrammarFailed as error:
+                self.failure = error
+        return otherwise
 
     def _row(self, drafted: tuple[int, ...]) -> Floats | None:
         bias = self._bias

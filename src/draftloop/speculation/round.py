@@ -137,10 +137,16 @@ def run_round(
 
 
 def decode(pair: Pair, stream: Stream, clock: Callable[[], float] = time.perf_counter) -> Iterator[Round]:
-    """Run rounds until the answer ends. The conversation must hold the prompt (`read_prompt`)."""
+    """Run rounds until the answer ends. The conversation must hold the prompt (`read_prompt`).
+
+    Raises:
+        GrammarFailed: the answer's grammar cannot be followed any further.
+    """
     finished = stream.remaining_tokens < 1
     while not finished:
         outcome = run_round(pair, [stream], clock)[0]
+        if stream.failure is not None:
+            raise stream.failure
         finished = outcome.finish_reason is not None
         yield outcome
 
@@ -158,8 +164,14 @@ def _timed(drafted: Drafted, outcome: Round, seconds: float | None, *, together:
 
 
 def _settle(stream: Stream, drafted: Drafted, verdict: Verdict) -> Round:
-    """Append what was emitted, cut at the answer's end, and trim both caches to it."""
+    """Append what was emitted, cut at the answer's end, and trim both caches to it.
+
+    Where the stream's grammar failed, nothing is emitted: `Stream.failure` tells why.
+    """
     end = _end(stream, verdict.tokens)
+    if stream.failure is not None:
+        stream.conversation.settle(len(stream.conversation.tokens))
+        return _NOTHING
     outcome = Round(
         tokens=verdict.tokens,
         kinds=verdict.kinds,
@@ -192,6 +204,9 @@ def _end(stream: Stream, tokens: tuple[int, ...]) -> int | None:
         return end
     kept = stream.processor.advance(tokens[:end])
     return kept if stream.processor.ended else end
+
+
+_NOTHING = Round((), (), 0, 0, (), None, None)
 
 
 def _counted_apart(outcome: Round) -> Round:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from draftloop.backends.base import Cache, Model
+    from draftloop.errors import GrammarFailed
     from draftloop.speculation.schedule import Pace
     from draftloop.speculation.suffix import SuffixText
 
@@ -125,6 +126,11 @@ class Stream:
         """How many tokens may still be emitted, by `max_tokens` and by the cache's cap."""
         room = self.conversation.max_tokens - len(self.conversation.tokens)
         return min(self.settings.max_tokens - self.emitted_tokens, room)
+
+    @property
+    def failure(self) -> GrammarFailed | None:
+        """Why the answer cannot go on; None while it can."""
+        return None if self.processor is None else self.processor.failure
 
     @property
     def rules(self) -> Rules:
