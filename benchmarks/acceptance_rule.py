@@ -6,13 +6,16 @@ are computed from the same p and q at every position of an answer that the targe
 and give the expected rounds of that answer (`expected_rounds`).
 
     python benchmarks/acceptance_rule.py --prompts FILE [--limit N] [--max-tokens N] [--temperature T]
+
+With `--out` a line a prompt is kept in a file; `--tell` sums such files up and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +24,7 @@ import numpy as np
 from draftloop.backends.base import PrefillJob
 from draftloop.backends.numpy.acceptance import warp
 from draftloop.benchmarking.summary import paired_ratio
-from draftloop.cli.prompts import NO_TASK, by_task, limited, read_prompts
+from draftloop.cli.prompts import NO_TASK, limited, read_prompts
 from draftloop.config import load_config
 from draftloop.engine import Engine, Request
 from draftloop.loading import load_engine
@@ -32,16 +35,15 @@ from draftloop.types import Sampling
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
-
     from draftloop.backends.base import Model
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One answer of R tokens under one rule: alpha of each position, and the rounds to expect."""
+    """One answer under one rule: its tokens, the sum of their alphas, and the rounds to expect."""
 
-    alphas: NDArray[np.float64]
+    tokens: int
+    alpha_sum: float
     rounds: float
 
 
@@ -64,7 +66,9 @@ def compare(
     width = min(p.shape[1], q.shape[1])
     p, q = p[:, :width], q[:, :width]
     rules = (np.minimum(p, q).sum(axis=1), (p * q).sum(axis=1))
-    ours, same_token = (Rule(alphas, expected_rounds(alphas, k)) for alphas in rules)
+    ours, same_token = (
+        Rule(len(alphas), float(alphas.sum()), float(expected_rounds(alphas, k))) for alphas in rules
+    )
     return ours, same_token
 
 
@@ -72,12 +76,12 @@ def report(name: str, answers: Sequence[tuple[Rule, Rule]]) -> None:
     """Print one line: alpha, tau and kept draft tokens of both rules, and the paired ratio of the last."""
     figures = []
     for rules in zip(*answers, strict=True):
-        rows = sum(len(rule.alphas) for rule in rules)
-        alpha = mean_alpha(sum(rule.alphas.sum() for rule in rules), rows)
+        rows = sum(rule.tokens for rule in rules)
+        alpha = mean_alpha(sum(rule.alpha_sum for rule in rules), rows)
         figures.append((alpha, tokens_per_round(rows, sum(rule.rounds for rule in rules))))
     (alpha, tau), (same_alpha, same_tau) = figures
     # Each round adds one token to those that it keeps.
-    kept = [[len(rule.alphas) / rule.rounds - 1 for rule in rules] for rules in answers]
+    kept = [[rule.tokens / rule.rounds - 1 for rule in rules] for rules in answers]
     ratio = paired_ratio([ours for ours, _ in kept], [same_token or None for _, same_token in kept])
     interval = "" if ratio.low is None else f" ({ratio.low:.2f} to {ratio.high:.2f})"
     print(
@@ -85,6 +89,31 @@ def report(name: str, answers: Sequence[tuple[Rule, Rule]]) -> None:
         f"tau {tau:.2f} | {same_tau:.2f}   accepted a round {tau - 1:.2f} | {same_tau - 1:.2f}, "
         f"median ratio {ratio.median or 0:.2f}{interval}"
     )
+
+
+def measured(arguments: argparse.Namespace) -> list[tuple[str, tuple[Rule, Rule]]]:
+    """Each prompt's task and answer, kept in the file as they come."""
+    config = load_config([arguments.config], []).config
+    engine = load_engine(config)
+    sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p)
+    prompts = limited(read_prompts(arguments.prompts), arguments.limit)
+    k, answers = config.speculative.num_draft_tokens, []
+    print(f"K = {k}, temperature {sampling.temperature:g}, top-p {sampling.top_p:g}")
+    for prompt in prompts:
+        tokens = engine.tokenizer.chat_tokens([Message("user", prompt.text)])
+        rules = compare(engine, tokens, arguments.max_tokens, sampling, k)
+        answers.append((prompt.task or NO_TASK, rules))
+        print(f"{len(answers)}/{len(prompts)} {answers[-1][0]}", file=sys.stderr)
+        if arguments.out is not None:
+            with arguments.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([answers[-1][0], [asdict(rule) for rule in rules]]) + "\n")
+    return answers
+
+
+def kept(files: Sequence[Path]) -> list[tuple[str, tuple[Rule, Rule]]]:
+    """What `measured` kept in these files."""
+    lines = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(task, (Rule(**ours), Rule(**same_token))) for task, (ours, same_token) in lines]
 
 
 def main() -> None:
@@ -98,23 +127,14 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--out", type=Path, help="keep a line a prompt in this file")
+    parser.add_argument("--tell", type=Path, nargs="+", help="sum these files up instead")
     arguments = parser.parse_args()
-    config = load_config([arguments.config], []).config
-    engine = load_engine(config)
-    sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p)
-    prompts, k = (
-        limited(read_prompts(arguments.prompts), arguments.limit),
-        config.speculative.num_draft_tokens,
-    )
-    answers = []
-    for prompt in prompts:
-        tokens = engine.tokenizer.chat_tokens([Message("user", prompt.text)])
-        answers.append(compare(engine, tokens, arguments.max_tokens, sampling, k))
-        print(f"{len(answers)}/{len(prompts)} {prompt.task or NO_TASK}", file=sys.stderr)
-    print(f"K = {k}, temperature {sampling.temperature:g}, top-p {sampling.top_p:g}; ours | same token")
-    for task, part in by_task(prompts, answers).items():
-        report(task, part)
-    report("all", answers)
+    answers = measured(arguments) if arguments.tell is None else kept(arguments.tell)
+    print("ours | same token")
+    for task in dict.fromkeys(task for task, _ in answers):
+        report(task, [rules for name, rules in answers if name == task])
+    report("all", [rules for _, rules in answers])
 
 
 if __name__ == "__main__":

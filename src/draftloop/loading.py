@@ -11,7 +11,7 @@ import logging
 import platform
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ from draftloop.models.resolve import locate, resolve
 from draftloop.models.tokenizer import Tokenizer, check_tokenizers_agree
 from draftloop.speculation.calibration import ServedRounds
 from draftloop.speculation.prefixes import PrefixCache
+from draftloop.speculation.rehearsal import rehearse
 from draftloop.speculation.remembered import calibrated_costs, calibration_facts, nearest_costs
 from draftloop.speculation.schedule import Schedule
 from draftloop.speculation.stream import Pair
@@ -181,6 +182,7 @@ def load_prepared(
         name = None if vocabulary is None else vocabulary.name
         recorder = Recorder(store, pair, config.adaptation.revert_after_requests, name)
     answering = Answering(directory) if store is not None else nullcontext
+    _rehearse(config, backend, models)
     with answering():
         # A training in the background would be measured with it.
         schedule = _schedule(config, prepared, models, vocabulary)
@@ -200,9 +202,23 @@ def load_prepared(
     if store is not None and adapter not in (ACTIVE, NONE):
         engine.wear(load_deployed(store, directory, adapter))
     engine.follow_adapter()
+    if engine.adapter is not None:
+        # What was recorded belongs to the bare draft.
+        _rehearse(config, backend, models)
     if store is not None and recorder is not None and schedule is not None:
         schedule.recall(recent_rounds(store, pair, engine.adapter))
     return engine
+
+
+def _rehearse(config: Config, backend: Backend, models: Pair) -> None:
+    """Let the first rounds, which take long where they are recorded, be over before anybody waits."""
+    if backend.capabilities().records_rounds:
+        started_s, rounds = time.perf_counter(), served_rounds(config)
+        if models.draft is None:
+            # Who asks the target alone asks no suffix match either.
+            rounds = replace(rounds, num_suffix_tokens=0)
+        rehearse(models, rounds)
+        logger.debug("every shape of round run once in %.1f s", time.perf_counter() - started_s)
 
 
 def prepare_draft(config: Config, progress: Progress | None = None) -> PreparedDraft:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from draftloop.benchmarking.child import usable_cores
 from draftloop.benchmarking.contenders import Answer, Job, answer_from_bursts
 from draftloop.benchmarking.run import WARM_UP_TOKENS, interleave
 from draftloop.benchmarking.summary import add_best, paired_ratio, summarize
@@ -126,3 +128,15 @@ def test_the_best_mode_is_chosen_anew_at_each_prompt():
     summary = summarize([add_best(one, "a best", ["a", "b"]) for one in prompts], {"a best": ["a", "b"]})
     assert summary.modes["a best"].tokens_per_s == 1
     assert list(summary.ratios) == ["b/a"]
+
+
+def test_a_process_counts_the_cores_that_it_is_confined_to():
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system confines no process")
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert 1 <= usable_cores() <= len(before)

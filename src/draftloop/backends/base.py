@@ -218,6 +218,8 @@ class Capabilities:
         device_memory_bytes: memory of the accelerator; None where it shares the machine's.
         drafts_from_text: whether a cut head proposes also what stands in the text. Steps that are recorded
             once (CUDA graphs) have a head of fixed rows.
+        records_rounds: whether the first round of each shape takes far longer than all later ones, so that
+            it is best run before anybody waits for it.
     """
 
     backend: str
@@ -227,6 +229,7 @@ class Capabilities:
     quantized_bits: tuple[int, ...]
     device_memory_bytes: int | None
     drafts_from_text: bool = False
+    records_rounds: bool = False
 
 
 class Backend(Protocol):

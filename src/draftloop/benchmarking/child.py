@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import psutil
+
 from draftloop.errors import DraftloopError
 
 if TYPE_CHECKING:
@@ -24,6 +26,13 @@ if TYPE_CHECKING:
     Open = Callable[["PeerSetup"], "Program"]
 
 END_TIMEOUT_S = 10
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: all of the machine's, or what it was confined to."""
+    allowed = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else None
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    return cores if allowed is None else min(cores, allowed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,9 +231,7 @@ def _with_setups(
     all_named: bool,
 ) -> Wanted:
     """What each peer's mode loads. One that was not named is left out where it cannot read this pair."""
-    import psutil
-
-    from draftloop.benchmarking.child import PeerSetup
+    from draftloop.benchmarking.child import PeerSetup, usable_cores
     from draftloop.benchmarking.peers import peer_setup
 
     setup = PeerSetup(
@@ -241,7 +239,7 @@ def _with_setups(
         draft=prepared.draft_folder,
         num_draft_tokens=asked.config.speculative.num_draft_tokens,
         max_context_tokens=asked.config.models.target.max_kv_cache_tokens,
-        threads=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
+        threads=usable_cores(),
         device=asked.config.device,
         eos_token_ids=tuple(sorted(prepared.tokenizer.eos_token_ids)),
     )

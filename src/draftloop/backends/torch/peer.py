@@ -119,7 +119,7 @@ def load_dense(folder: Path, device: str) -> Any:
         values.pop(key, None)
     config = AutoConfig.for_model(**values)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    missing, unknown = model.load_state_dict(_dense_tensors(folder), strict=False, assign=True)
+    missing, unknown = model.load_state_dict(dense_tensors(folder), strict=False, assign=True)
     model.tie_weights()
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []
     if unknown or missing != tied:
@@ -130,7 +130,7 @@ def load_dense(folder: Path, device: str) -> Any:
     return model.to(device).eval()
 
 
-def _dense_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def dense_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the folder in bfloat16."""
     architecture = read_architecture(folder)
     tensors, quantization = TensorFolder(folder, architecture), architecture.quantization

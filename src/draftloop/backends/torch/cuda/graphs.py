@@ -1,6 +1,6 @@
 """Decoding steps replayed as CUDA graphs, recorded when first needed.
 
-Contract: `GraphedSteps.logits` gives a short step's logits, `run` what a series of launches makes of them, or
+Contract: `GraphedSteps.logits` gives a short step's logits, `run` what series of launches make of them, or
 None where it cannot: then the caller goes the plain way. Graphs belong to one set of weights; another one (an
 adapter) starts anew. They serve every cache. Must not know how a step goes, nor what follows it.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -34,10 +34,14 @@ _MOST_GRAPHS = 64
 _LOG = logging.getLogger(__name__)
 
 
+def records_steps(device: torch.device) -> bool:
+    """Whether steps are recorded at all: not without a GPU, or Triton."""
+    return device.type == "cuda" and os.environ.get(SWITCH) != "0" and find_spec("triton") is not None
+
+
 def graphed_steps(decoder: Decoder, max_tokens: int) -> GraphedSteps | None:
-    """Graphs for `decoder` over caches of `max_tokens`; None where there is no GPU or no Triton."""
-    on_gpu = decoder.weights.final_norm.device.type == "cuda"
-    if not on_gpu or os.environ.get(SWITCH) == "0" or find_spec("triton") is None:
+    """Graphs for `decoder` over caches of `max_tokens`; None where none are recorded."""
+    if not records_steps(decoder.weights.final_norm.device):
         return None
     try:
         from draftloop.backends.torch.cuda.step import Step
@@ -49,6 +53,14 @@ def graphed_steps(decoder: Decoder, max_tokens: int) -> GraphedSteps | None:
 
 Body = Callable[["Step", tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
 """Launches a step, and what follows it, on inputs that stay where they are: what a graph records."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one graph holds; `key` names everything that is fixed in it."""
+
+    key: Hashable
+    body: Body
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +79,11 @@ class GraphedSteps:
         self._decoder = decoder
         self._step = step
         self._max_tokens = max_tokens
-        self._max_rows = len(step.tokens)
+        self.max_rows = len(step.tokens)
         self._weights: Weights | None = None
         self._graphs: dict[Hashable, _Recorded] = {}
         self._refused: set[Hashable] = set()
+        self._moved = False
 
     def logits(self, cache: TorchCache, tokens: torch.Tensor) -> torch.Tensor | None:
         """Read `tokens` [T] into `cache`: [T, V] float32, good until the next step of as many rows.
@@ -78,69 +91,76 @@ class GraphedSteps:
         None: too many tokens, or this device could not record the step; nothing was read then.
         """
         rows = len(tokens)
-        found = self.run(
-            "logits", lambda step, _: (step.logits(rows),), cache, tokens, inputs=(), num_read=rows
-        )
+        part = Part(("logits", rows), lambda step, _: (step.logits(rows),))
+        found = self.run((part,), cache, tokens, inputs=(), num_read=rows)
         return None if found is None else found[0]
 
     def run(
         self,
-        key: Hashable,
-        body: Body,
+        parts: Sequence[Part],
         cache: TorchCache,
         tokens: torch.Tensor,
         *,
         inputs: tuple[torch.Tensor, ...],
         num_read: int,
     ) -> tuple[torch.Tensor, ...] | None:
-        """Run `body` behind what `cache` holds; its results are good until it runs again.
+        """Run `parts` one after another behind what `cache` holds, the first on `tokens`.
 
         Args:
-            key: of everything in `body` but the number of `tokens`.
-            body: may read the tokens that were placed, and its inputs, and must not wait for the device.
+            parts: their bodies may read the tokens that were placed, and their inputs, and must not wait for
+                the device. One that stands there twice is recorded once.
             cache: of this decoder.
-            tokens: [T], placed before.
-            inputs: as in every run with this key, but for their values.
-            num_read: tokens that `body` appends to the cache.
+            tokens: [T], placed before the first part.
+            inputs: of each part; as in every run with its key, but for their values.
+            num_read: tokens that all parts append to the cache.
 
         Returns:
-            None where there are too many tokens, or this device could not record it; nothing was read then.
+            What the last part gives, good until it runs again. None where there are too many tokens, or this
+            device could not record a part; nothing was read then.
         """
-        key = (key, len(tokens))
         fits = cache.max_tokens <= self._max_tokens and cache.position + num_read <= cache.max_tokens
-        if key in self._refused or len(tokens) > self._max_rows or not fits:
+        if len(tokens) > self.max_rows or not fits:
             return None
         if self._weights is not self._decoder.weights:
             self._graphs.clear()
             self._weights = self._decoder.weights
         self._step.place(cache, tokens)
-        recorded = self._graphs.get(key)
-        if recorded is None:
-            recorded = self._record(key, body, inputs)
-            if recorded is None:
-                return None
-            # Warming up has moved on.
+        series = [self._ready(part, inputs) for part in parts]
+        if self._moved:
             self._step.place(cache, tokens)
-        for place, value in zip(recorded.inputs, inputs, strict=True):
-            place.copy_(value, non_blocking=True)
-        recorded.graph.replay()
+            self._moved = False
+        known = [recorded for recorded in series if recorded is not None]
+        if len(known) < len(series):
+            return None
+        for recorded in known:
+            for place, value in zip(recorded.inputs, inputs, strict=True):
+                place.copy_(value, non_blocking=True)
+            recorded.graph.replay()
         cache.advance(num_read)
-        return recorded.outputs
+        return known[-1].outputs
 
-    def _record(self, key: Hashable, body: Body, inputs: tuple[torch.Tensor, ...]) -> _Recorded | None:
-        """The graph of `body`; None where it could not be recorded, which is not tried again."""
+    def _ready(self, part: Part, inputs: tuple[torch.Tensor, ...]) -> _Recorded | None:
+        """The graph of `part`, recorded where it was not yet; None where it could not be, now or before."""
+        if part.key in self._refused:
+            return None
+        return self._graphs.get(part.key) or self._record(part, inputs)
+
+    def _record(self, part: Part, inputs: tuple[torch.Tensor, ...]) -> _Recorded | None:
+        """The graph of `part`; None where it could not be recorded, which is not tried again."""
         while len(self._graphs) >= _MOST_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
+        # Warming up moves the step on.
+        self._moved = True
         try:
-            self._graphs[key] = self._recorded(body, tuple(value.clone() for value in inputs))
+            self._graphs[part.key] = self._recorded(part.body, tuple(value.clone() for value in inputs))
         except torch.OutOfMemoryError:
             raise
         except (
             Exception
         ) as error:  # compilers and drivers fail in many ways, and the plain pass is always there
             _LOG.warning("decoding without a CUDA graph: %s: %s", type(error).__name__, error)
-            self._refused.add(key)
-        return self._graphs.get(key)
+            self._refused.add(part.key)
+        return self._graphs.get(part.key)
 
     def _recorded(self, body: Body, inputs: tuple[torch.Tensor, ...]) -> _Recorded:
         stream = torch.cuda.Stream()

@@ -200,6 +200,61 @@ __device__ __forceinline__ void find_factors(
     }
 }
 
+// What the warps of a program found: [warp][row][output].
+typedef float Parts[WARPS][COLUMNS * 8][TILES * TILE + 1];
+
+// Where results go, and what is done to them on the way: see `multiply`.
+struct Results {
+    void* y;
+    u16* next;
+    const float* gain;
+    float* squares;
+    int rows, outputs;
+};
+
+// A program's sum over its warps of one row's output `column`; GATED: of the second half's too.
+__device__ __forceinline__ float2 sum_of(const Parts& parts, const float* factors, int row, int column) {
+    float value = 0, second = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+        value += parts[w][row][column];
+        if (EPILOGUE == GATED) second += parts[w][row][column + TILE];
+    }
+    if (SCALED) {
+        value *= factors[row];
+        second *= factors[row];
+    }
+    return make_float2(value, second);
+}
+
+__device__ __forceinline__ void finish(const Parts& parts, const float* factors, const Results& to) {
+    // Whole warps go round, so that they can add up squares among themselves.
+    for (int e = threadIdx.x; e < (to.rows * OUTPUTS + 31) / 32 * 32; e += WARPS * 32) {
+        const int row = min(e / OUTPUTS, to.rows - 1), o = e % OUTPUTS, n = blockIdx.x * OUTPUTS + o;
+        const bool known = e / OUTPUTS < to.rows && n < to.outputs;
+        const int column = EPILOGUE == GATED ? o / TILE * 2 * TILE + o % TILE : o;
+        const float2 sums = sum_of(parts, factors, row, column);
+        float value = sums.x;
+        const long long at = (long long)row * to.outputs + n;
+        if (EPILOGUE == PLAIN && known) ((float*)to.y)[at] = value;
+        if (EPILOGUE == GATED && known)
+            ((u16*)to.y)[at] = to_bfloat16(value / (1.0f + __expf(-value)) * sums.y);
+        if (EPILOGUE == RESIDUAL) {
+            float square = 0;
+            if (known) {
+                value += ((float*)to.y)[at];
+                ((float*)to.y)[at] = value;
+                to.next[at] = to_bfloat16(value * to.gain[n]);
+                square = value * value;
+            }
+#pragma unroll
+            for (int step = OUTPUTS / 2; step > 0; step /= 2)
+                square += __shfl_xor_sync(0xffffffffu, square, step);
+            if (o == 0 && e / OUTPUTS < to.rows) to.squares[row * gridDim.x + blockIdx.x] = square;
+        }
+    }
+}
+
 // x [T, K] bfloat16 times the weights [N, K] (GATED: [2N, K]):
 //   PLAIN     y [T, N] float32
 //   GATED     y [T, N] bfloat16 = silu(first half) · second half
@@ -209,7 +264,7 @@ __device__ __forceinline__ void find_factors(
 extern "C" __global__ void __launch_bounds__(WARPS * 32) multiply(
     const u16* x, const uint4* weight, const void* pairs, const float* squares, void* y, u16* next,
     const float* gain, float* squares_out, int num_squares, int rows, int outputs, int width, float eps) {
-    __shared__ float parts[WARPS][COLUMNS * 8][TILES * TILE + 1];
+    __shared__ Parts parts;
     __shared__ float factors[16];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Place at = {lane, lane / 4, lane % 4, width / BLOCK, (outputs + TILE - 1) / TILE};
@@ -244,39 +299,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) multiply(
             for (int e = 0; e < 4; ++e)
                 parts[warp][8 * c + 2 * at.q + e % 2][TILE * i + at.g + 8 * (e / 2)] = total[i][c][e];
     __syncthreads();
-    // Whole warps go round, so that they can add up squares among themselves.
-    for (int e = threadIdx.x; e < (rows * OUTPUTS + 31) / 32 * 32; e += WARPS * 32) {
-        const int row = min(e / OUTPUTS, rows - 1), o = e % OUTPUTS, n = blockIdx.x * OUTPUTS + o;
-        const bool known = e / OUTPUTS < rows && n < outputs;
-        const int column = EPILOGUE == GATED ? o / TILE * 2 * TILE + o % TILE : o;
-        float value = 0, second = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) {
-            value += parts[w][row][column];
-            if (EPILOGUE == GATED) second += parts[w][row][column + TILE];
-        }
-        if (SCALED) {
-            value *= factors[row];
-            second *= factors[row];
-        }
-        const long long to = (long long)row * outputs + n;
-        if (EPILOGUE == PLAIN && known) ((float*)y)[to] = value;
-        if (EPILOGUE == GATED && known)
-            ((u16*)y)[to] = to_bfloat16(value / (1.0f + __expf(-value)) * second);
-        if (EPILOGUE == RESIDUAL) {
-            float square = 0;
-            if (known) {
-                value += ((float*)y)[to];
-                ((float*)y)[to] = value;
-                next[to] = to_bfloat16(value * gain[n]);
-                square = value * value;
-            }
-#pragma unroll
-            for (int step = OUTPUTS / 2; step > 0; step /= 2)
-                square += __shfl_xor_sync(0xffffffffu, square, step);
-            if (o == 0 && e / OUTPUTS < rows) squares_out[row * gridDim.x + blockIdx.x] = square;
-        }
-    }
+    finish(parts, factors, Results{y, next, gain, squares_out, rows, outputs});
 }
 
 #if CODES

@@ -32,6 +32,8 @@ SOURCE = Path(__file__).with_name("products.cu")
 _AMPERE = (8, 0)
 _THREADS = 256
 _MANY_TILES = 512
+_FEW_OUTPUTS = 2048
+"""So few leave multiprocessors without a program, so that each program needs many warps."""
 _WIDE = 4096
 """So many inputs keep the GPU busy with one tile of outputs a warp."""
 
@@ -93,6 +95,8 @@ def cut_of(matrix: Matrix, epilogue: Epilogue) -> Cut:
     many = matrix.outputs > _MANY_TILES * TILE
     if epilogue is Epilogue.GATED or (many and matrix.group_size):
         return Cut(tiles=2, warps=8, ahead=1)
+    if matrix.group_size and matrix.width > _WIDE and matrix.outputs <= _FEW_OUTPUTS:
+        return Cut(tiles=1, warps=28, ahead=1)
     return Cut(tiles=1 if matrix.width > _WIDE else 2, warps=16, ahead=2)
 
 

@@ -1,4 +1,4 @@
-"""The halves of a round as one CUDA graph each: K drafted tokens, and a verification with its decision.
+"""The halves of a round as CUDA graphs: drafted tokens, a graph a step, and a verification with its decision.
 
 Contract: the results of `TorchModel`'s plain loop, or None where these rules or this text need it. Nothing
 waits for the device but `told`, once. Must not know how a step goes.
@@ -12,45 +12,88 @@ import torch
 
 from draftloop.backends.base import Proposal
 from draftloop.backends.torch.acceptance import drawn, outcome, to_device, told
+from draftloop.backends.torch.cuda.graphs import Part
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     from draftloop.backends.base import ProposeJob, VerifyJob
     from draftloop.backends.torch.cuda.graphs import GraphedSteps
     from draftloop.backends.torch.cuda.step import Step
     from draftloop.backends.torch.decoder import TorchCache
-    from draftloop.types import Rules, Verdict
+    from draftloop.types import Rules, Sampling, Verdict
 
-MOST_UNREAD = 2
-"""Tokens that a draft lags behind from round to round; for other numbers no graph is recorded."""
+_FEWEST_PLACES = 16
+"""Drafted tokens that there is room for from the start; a longer draft makes room, and new graphs."""
 
 Tensors = tuple[torch.Tensor, ...]
 
 
-def drafted(steps: GraphedSteps, cache: TorchCache, unread: torch.Tensor, job: ProposeJob) -> Proposal | None:
-    """Read `unread` [T] and draft `job`'s K tokens; None: nothing was read."""
-    sampling, rows, k = job.rules.sampling, len(unread), job.num_draft_tokens
-    if _goes_apart(job.rules) or rows > MOST_UNREAD:
-        return None
+class RecordedDrafts:
+    """One model's drafts: a graph of the first step for each number of unread tokens, and one of all others.
 
-    def body(step: Step, inputs: Tensors) -> Tensors:
-        logits = step.logits(rows)[-1:]
-        tokens: list[torch.Tensor] = []
-        distributions: list[torch.Tensor] = []
-        for i in range(k):
-            if i:
-                step.follow(tokens[-1], rows if i == 1 else 1)
-                logits = step.logits(1)
-            token, q = drawn(logits, sampling, inputs[0][i : i + 1])
-            tokens.append(token)
-            distributions += [] if q is None else [q]
-        return (torch.cat(tokens), *([torch.cat(distributions)] if distributions else []))
+    So there are few to record, whatever K. Where a step's token goes, the device itself counts.
 
-    uniforms = (to_device(job.uniforms, unread.device),)
-    found = steps.run(("draft", k, sampling), body, cache, unread, inputs=uniforms, num_read=rows + k - 1)
-    if found is None:
-        return None
-    # The next draft writes over the graph's own results.
-    return Proposal(found[0].clone(), found[1].clone() if len(found) > 1 else None, k)
+    Args:
+        steps: of the model.
+        vocab_size: columns of its logits.
+        device: where it is.
+    """
+
+    def __init__(self, steps: GraphedSteps, vocab_size: int, device: torch.device) -> None:
+        self._steps = steps
+        self._vocab_size = vocab_size
+        self._next = torch.zeros(1, dtype=torch.long, device=device)
+        self._make_room(_FEWEST_PLACES)
+
+    def drafted(self, cache: TorchCache, unread: torch.Tensor, job: ProposeJob) -> Proposal | None:
+        """Read `unread` [T] and draft `job`'s K tokens; None: nothing was read."""
+        sampling, rows, k = job.rules.sampling, len(unread), job.num_draft_tokens
+        if _goes_apart(job.rules):
+            return None
+        if k > len(self._tokens):
+            self._make_room(k)
+        self._uniforms[:k].copy_(to_device(job.uniforms, unread.device))
+        # Recording takes steps too; they must find a place.
+        self._next.zero_()
+        parts = [self._first(rows, sampling), *[self._following(sampling)] * (k - 1)]
+        if self._steps.run(parts, cache, unread, inputs=(), num_read=rows + k - 1) is None:
+            return None
+        # The next draft writes over these.
+        q = None if sampling.greedy else self._q[:k].clone()
+        return Proposal(self._tokens[:k].clone(), q, k)
+
+    def _first(self, rows: int, sampling: Sampling) -> Part:
+        def body(step: Step, _: Tensors) -> Tensors:
+            self._next.zero_()
+            return self._draw(step, step.logits(rows)[-1:], rows, sampling)
+
+        return Part(self._key("first", rows, sampling), body)
+
+    def _following(self, sampling: Sampling) -> Part:
+        def body(step: Step, _: Tensors) -> Tensors:
+            return self._draw(step, step.logits(1), 1, sampling)
+
+        return Part(self._key("following", 1, sampling), body)
+
+    def _draw(self, step: Step, logits: torch.Tensor, num_read: int, sampling: Sampling) -> Tensors:
+        """Launch: the next token out of logits [1, V] goes to its place, and stands to be read."""
+        token, q = drawn(logits, sampling, self._uniforms.index_select(0, self._next))
+        self._tokens.index_copy_(0, self._next, token)
+        if q is not None:
+            self._q.index_copy_(0, self._next, q)
+        self._next.add_(1)
+        step.follow(token, num_read)
+        return ()
+
+    def _key(self, name: str, rows: int, sampling: Sampling) -> Hashable:
+        return name, rows, sampling, len(self._tokens)
+
+    def _make_room(self, places: int) -> None:
+        device = self._next.device
+        self._tokens = torch.zeros(places, dtype=torch.long, device=device)
+        self._uniforms = torch.zeros(places, device=device)
+        self._q = torch.zeros(places, self._vocab_size, device=device)
 
 
 def verified(steps: GraphedSteps, cache: TorchCache, ids: torch.Tensor, job: VerifyJob) -> Verdict | None:
@@ -71,8 +114,8 @@ def verified(steps: GraphedSteps, cache: TorchCache, ids: torch.Tensor, job: Ver
         )
 
     inputs = uniforms if q is None else (*uniforms, q)
-    key = "verify", sampling, trace, None if q is None else q.shape[1]
-    found = steps.run(key, body, cache, ids, inputs=inputs, num_read=rows)
+    part = Part(("verify", rows, sampling, trace, None if q is None else q.shape[1]), body)
+    found = steps.run((part,), cache, ids, inputs=inputs, num_read=rows)
     return None if found is None else told(found[0], job)
 
 
