@@ -244,9 +244,14 @@ def _verifications(
 def _caches_beside(model: Model, cache: Cache) -> list[Cache]:
     """It and other scratch caches, SEQUENCES in all; none where there is no room for so many."""
     try:
-        return [cache, *(filled_cache(model, 1) for _ in range(SEQUENCES - 1))]
+        # Reading the same text again for each would take longer than all that is timed.
+        text = cache.copy(cache.position)
+        others = [model.new_cache() for _ in range(SEQUENCES - 1)]
+        for other in others:
+            other.paste(text, cache.position)
     except OutOfMemory:
         return []
+    return [cache, *others]
 
 
 def _widths_by_need(usual: int, widest: int) -> list[int]:
