@@ -51,6 +51,14 @@ class FakeCache:
         assert 0 <= n <= self.position
         self.position -= n
 
+    def copy(self, n: int) -> int:
+        assert 1 <= n <= self.position
+        return n
+
+    def paste(self, copied: int, n: int) -> None:
+        assert 1 <= n <= copied
+        self.position = n
+
 
 class FakeModel:
     """Takes 50 ms and 10 a row for a verification; drafts for 20 ms a token and 3 ms a call; reads for 2 ms.
@@ -65,6 +73,7 @@ class FakeModel:
         self.clock, self.busy_calls, self.scale = clock, busy_calls, scale
         self.calls = 0
         self.jobs = []
+        self.prefills = 0
         self.texts = []
         self.vocabulary = None
         self.architecture = SimpleNamespace(vocab_size=1000)
@@ -73,6 +82,7 @@ class FakeModel:
         return FakeCache(self.room)
 
     def prefill(self, batch) -> None:
+        self.prefills += 1
         for job in batch:
             job.cache.read(len(job.tokens))
 
@@ -106,6 +116,13 @@ def measure_costs(*arguments):
 def fakes(**options) -> tuple[Pair, Clock]:
     clock = Clock()
     return Pair(FakeModel(clock, **options), FakeModel(clock, **options)), clock
+
+
+def test_each_model_reads_its_text_once():
+    """Reading 64 tokens takes as long as ten steps; sequences that are timed together have copies."""
+    pair, clock = fakes(scale=0.01)
+    measure_costs(pair, THREE, clock)
+    assert (pair.target.prefills, pair.draft.prefills) == (1, 1)
 
 
 @pytest.mark.parametrize(("kept", "own"), [(None, 0), (997, 3), (100, 16)])
