@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 MOST_CHARACTERS = 128 * 1024
 """Of a schema, as JSON, or of a Lark grammar. The OpenAI API takes 120,000."""
-MOST_WHITESPACE = 40
-"""Characters between two parts of a JSON text: a line break and a deep indentation, but no endless blank."""
+WHITESPACE = r" |\r?\n[ \t]{0,40}"
+"""Between two parts of a JSON text: a blank, or a line break and an indentation. A model whose own choice the
+schema forbids writes blanks for as long as it may."""
 MOST_REASON = 300
 """Characters of the library's own words in an error: they may hold what was sent."""
 KEPT_GRAMMARS = 16
@@ -38,7 +39,7 @@ call: MOST_CHARACTERS of references fill a tenth of this. Only what is used is t
 OPTIONS_KEYWORD = "x-guidance"
 """By which a schema could tell the library to ignore what it does not support."""
 _OPTIONS = {
-    "whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{MOST_WHITESPACE}}}",
+    "whitespace_pattern": WHITESPACE,
     "lenient": False,
     "coerce_one_of": False,
 }
