@@ -171,7 +171,7 @@ def main() -> None:
         p95_s = statistics.median(run.p95_s for run in found)
         base = statistics.median(
             run.tokens_per_s / own.tokens_per_s
-            for run, own in zip(found, runs["in turn, draft"] or found, strict=True)
+            for run, own in zip(found, runs.get("in turn, draft", found), strict=True)
         )
         figures[name] = {"tokens_per_s": speed, "p95_gap_s": p95_s, "over_in_turn_with_draft": base}
         print(f"{name:>22}: {speed:6.1f} tok/s, {base:4.2f}x, 95 % of gaps below {p95_s * 1e3:5.0f} ms")
