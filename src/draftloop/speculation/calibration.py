@@ -242,7 +242,7 @@ def _verifications(
 
 
 def _caches_beside(model: Model, cache: Cache) -> list[Cache]:
-    """It and other scratch caches, SEQUENCES in all; none where there is no room for so many."""
+    """It and copies of it, SEQUENCES in all; none where there is no room for so many."""
     try:
         # Reading the same text again for each would take longer than all that is timed.
         text = cache.copy(cache.position)

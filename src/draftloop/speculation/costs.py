@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from draftloop.types import Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 _COMMON_STEP, _OWN_STEP = 0.4, 0.1
 """How much of a surprise is put down to the machine's mood, and how much to the width itself."""
@@ -78,6 +78,14 @@ class RoundCosts:
         return verify_s + (self.draft_round_s + steps_s if drafting else 0.0)
 
 
+class SharedPrices(Protocol):
+    """Whoever tells what a round of several sequences costs."""
+
+    def shared_s(self, rows: int, sequences: int, drafting: Sequence[int]) -> float:
+        """See `RoundCosts.shared_s`."""
+        ...
+
+
 class Prices(Protocol):
     """Whoever tells what a round costs."""
 
@@ -91,7 +99,7 @@ class CorrectedCosts:
     """Calibrated costs, and what they got wrong by (K, whether a model drafts), in log seconds."""
 
     calibrated: RoundCosts
-    corrections: Mapping[Hashable, float] = field(default_factory=dict)
+    corrections: Mapping[tuple[int, bool], float] = field(default_factory=dict)
 
     def round_s(self, num_draft_tokens: int, *, by_model: bool = True) -> float:
         """See `Prices`."""
@@ -110,7 +118,9 @@ class LiveCosts:
     def __init__(self, calibrated: RoundCosts) -> None:
         self.calibrated = calibrated
         self._common = 0.0
-        self._corrections: dict[Hashable, float] = {}
+        self._corrections: dict[tuple[int, bool], float] = {}
+        self._shared: dict[int, dict[int, _Seen]] = {}
+        """By the number of sequences, and the drafts that they have each, rounded up."""
 
     def now(self) -> CorrectedCosts:
         """As they are known now; later rounds do not change them."""
@@ -118,30 +128,63 @@ class LiveCosts:
 
     def observe(self, num_draft_tokens: int, seconds: float, *, by_model: bool = True) -> None:
         """Learn from a round that read no backlog."""
-        calibrated_s = self.calibrated.round_s(num_draft_tokens, by_model=by_model)
-        self._learn(_kind(num_draft_tokens, by_model=by_model), seconds, calibrated_s)
-
-    def observe_shared(self, sequences: int, seconds: float, calibrated_s: float, *, drafts: bool) -> None:
-        """Learn from a round of several sequences, by whether a model drafted; it read no backlog."""
-        self._learn(_shared(sequences, drafts=drafts), seconds, calibrated_s)
-
-    def shared_correction(self, sequences: int, *, drafts: bool) -> float:
-        """What rounds of so many sequences take over what is calibrated."""
-        return math.exp(self._corrections.get(_shared(sequences, drafts=drafts), 0.0))
-
-    def _learn(self, kind: Hashable, seconds: float, calibrated_s: float) -> None:
         if seconds <= 0:
             return
+        kind = _kind(num_draft_tokens, by_model=by_model)
+        calibrated_s = self.calibrated.round_s(num_draft_tokens, by_model=by_model)
         correction = self._corrections.get(kind, 0.0)
+        surprise = self._surprise(seconds, calibrated_s, correction)
+        self._corrections[kind] = correction + _OWN_STEP * surprise
+
+    def shared_s(self, rows: int, sequences: int, drafting: Sequence[int]) -> float:
+        """As `RoundCosts.shared_s`, corrected by such rounds; where there were none, by the most alike."""
+        seen = self._shared.get(sequences)
+        correction = 0.0
+        if seen:
+            wanted = _drafts_each(rows, sequences)
+            correction = seen[min(seen, key=lambda each: (abs(each - wanted), each))].correction
+        return self.calibrated.shared_s(rows, sequences, drafting) * math.exp(correction)
+
+    def observe_shared(self, rows: int, sequences: int, drafting: Sequence[int], seconds: float) -> None:
+        """Learn from a round of several sequences that read no backlog.
+
+        Calibration knows less of them than of one sequence's, so the first rounds count for more.
+        """
+        if seconds <= 0:
+            return
+        calibrated_s = self.calibrated.shared_s(rows, sequences, drafting)
+        known, each = self._shared.setdefault(sequences, {}), _drafts_each(rows, sequences)
+        if each not in known:
+            known[each] = _Seen(1, math.log(seconds / calibrated_s) - self._common)
+            return
+        before = known[each]
+        surprise = self._surprise(seconds, calibrated_s, before.correction)
+        step = max(_OWN_STEP, 1 / (before.rounds + 1))
+        known[each] = _Seen(before.rounds + 1, before.correction + step * surprise)
+
+    def knows_shared(self, rows: int, sequences: int) -> bool:
+        """Whether a round like this was ever looked at."""
+        return _drafts_each(rows, sequences) in self._shared.get(sequences, {})
+
+    def _surprise(self, seconds: float, calibrated_s: float, correction: float) -> float:
+        """What nothing explains so far, cut; the common factor takes its part."""
         surprise = math.log(seconds / calibrated_s) - correction - self._common
         surprise = max(-_LARGEST_SURPRISE, min(_LARGEST_SURPRISE, surprise))
         self._common += _COMMON_STEP * surprise
-        self._corrections[kind] = correction + _OWN_STEP * surprise
+        return surprise
 
 
-def _kind(num_draft_tokens: int, *, by_model: bool) -> Hashable:
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Rounds of one kind, and what the calibration got wrong in them, in log seconds."""
+
+    rounds: int
+    correction: float
+
+
+def _drafts_each(rows: int, sequences: int) -> int:
+    return -(-(rows - sequences) // sequences)
+
+
+def _kind(num_draft_tokens: int, *, by_model: bool) -> tuple[int, bool]:
     return num_draft_tokens, by_model and num_draft_tokens > 0
-
-
-def _shared(sequences: int, *, drafts: bool) -> Hashable:
-    return "shared", sequences, drafts

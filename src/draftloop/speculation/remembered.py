@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 MOST_TRIES = 3
 """A machine that is never quiet, or too slow to time anything twice, shall not measure at every start."""
-FORMAT = 4
+FORMAT = 5
 _NUMBERS = ("draft_s", "draft_round_s", "read_s", "verify_more_s", "draft_more_s")
 
 USUAL = (Sampling(), Sampling(temperature=1.0, top_p=0.9))

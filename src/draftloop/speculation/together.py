@@ -20,7 +20,7 @@ from draftloop.speculation.schedule import HORIZON_TOKENS, best_choice
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from draftloop.speculation.costs import RoundCosts
+    from draftloop.speculation.costs import SharedPrices
     from draftloop.speculation.schedule import Schedule
 
 
@@ -51,24 +51,29 @@ class Plan:
 
     Attributes:
         num_draft_tokens: in the order of the streams.
+        drafting: how many of them the draft model drafts for in each of its steps.
         tokens_per_s: expected of all together.
         round_s: what the round is expected to take, backlogs aside: they are paid once, for many rounds.
-        by_model: whether a model drafts for anybody.
         reads_backlog: whether it has to catch up for one of them.
     """
 
     num_draft_tokens: tuple[int, ...]
+    drafting: tuple[int, ...]
     tokens_per_s: float
     round_s: float
-    by_model: bool
     reads_backlog: bool
 
+    @property
+    def rows(self) -> int:
+        """What the target verifies for all together."""
+        return len(self.num_draft_tokens) + sum(self.num_draft_tokens)
 
-def best_plan(costs: RoundCosts, prospects: Sequence[Prospect], *, with_model: bool) -> Plan:
+
+def best_plan(costs: SharedPrices, prospects: Sequence[Prospect], *, with_model: bool) -> Plan:
     """The plan with the most expected tokens a second; of equals the one that drafts least.
 
     Args:
-        costs: as calibrated.
+        costs: of shared rounds.
         prospects: one for each stream, at least one.
         with_model: whether the draft model is asked for those who are not settled: at least for one of
             them, where there is one. Else for nobody.
@@ -107,7 +112,7 @@ def _by_gain(prospects: Sequence[Prospect], depth: int) -> list[tuple[int, float
 class _Growing:
     """A plan to which drafts are added."""
 
-    def __init__(self, costs: RoundCosts, prospects: Sequence[Prospect]) -> None:
+    def __init__(self, costs: SharedPrices, prospects: Sequence[Prospect]) -> None:
         self._costs, self._prospects = costs, prospects
         self._ks = [0] * len(prospects)
         self._drafting: list[int] = []
@@ -140,9 +145,9 @@ class _Growing:
         taken = zip(self._prospects, self._ks, strict=True)
         return Plan(
             num_draft_tokens=tuple(self._ks),
+            drafting=tuple(self._drafting),
             tokens_per_s=self.tokens_per_s,
             round_s=self.round_s,
-            by_model=bool(self._drafting),
             reads_backlog=any(k > 0 and one.backlog_tokens > 0 for one, k in taken),
         )
 
@@ -173,7 +178,7 @@ class TogetherPace:
     def choose(self, prospects: Sequence[Prospect]) -> Plan:
         """K of each stream. The draft is probed as for one stream, out of the same allowance."""
         probes = self._schedule.probes
-        plain = best_plan(self._schedule.costs.calibrated, prospects, with_model=False)
+        plain = best_plan(self._schedule.costs, prospects, with_model=False)
         self._plan = plain
         asked = [index for index, one in enumerate(prospects) if _asks(one) and one.chances]
         drafting, speedup = self._drafting(prospects, asked, plain)
@@ -182,7 +187,9 @@ class TogetherPace:
             drafting, speedup = self._drafting(prospects, ready, plain)
         if speedup > 1:
             probes.soon()
-            self._plan = plain if probes.alone_due else drafting
+            # Drafts are set off against what so many streams take without them, so that is looked at first.
+            known = self._schedule.costs.knows_shared(plain.rows, len(prospects))
+            self._plan = drafting if known and not probes.alone_due else plain
         elif asked:
             cheapest = min(asked, key=lambda index: prospects[index].backlog_tokens)
             probing, speedup = self._drafting(prospects, [cheapest], plain)
@@ -194,7 +201,7 @@ class TogetherPace:
     def reads_along(self, prospect: Prospect, count: int) -> bool:
         """Whether the draft shall read what it lacks at once, beside so many streams of the same prospect."""
         prospects = [prospect] * count
-        plain = best_plan(self._schedule.costs.calibrated, prospects, with_model=False)
+        plain = best_plan(self._schedule.costs, prospects, with_model=False)
         _, speedup = self._drafting(prospects, range(count), plain)
         return self._pays(prospect, plain, speedup)
 
@@ -210,24 +217,22 @@ class TogetherPace:
         """The best plan that asks the model for some of these streams, and its speed over the plain one's."""
         if not who:
             return plain, 1.0
-        costs, count = self._schedule.costs, len(prospects)
         open_ones = [
             replace(one, chances=()) if _asks(one) and index not in who else one
             for index, one in enumerate(prospects)
         ]
-        plan = best_plan(costs.calibrated, open_ones, with_model=True)
-        plain_s, plan_s = (costs.shared_correction(count, drafts=one.by_model) for one in (plain, plan))
-        return plan, plan.tokens_per_s / plan_s / (plain.tokens_per_s / plain_s)
+        plan = best_plan(self._schedule.costs, open_ones, with_model=True)
+        return plan, plan.tokens_per_s / plain.tokens_per_s
 
     def observe(self, seconds: float | None) -> None:
         """The round that was chosen for took so long; None where that says nothing of the models."""
         plan, self._plan = self._plan, None
         if plan is None:
             return
-        count, probes = len(plan.num_draft_tokens), self._schedule.probes
+        probes, count = self._schedule.probes, len(plan.num_draft_tokens)
         if seconds is not None and not plan.reads_backlog:
-            self._schedule.costs.observe_shared(count, seconds, plan.round_s, drafts=plan.by_model)
-        if plan.by_model:
+            self._schedule.costs.observe_shared(plan.rows, count, plan.drafting, seconds)
+        if plan.drafting:
             probes.passed_drafting()
         else:
             probes.passed_alone(plan.round_s)
