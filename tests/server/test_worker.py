@@ -13,6 +13,7 @@ from draftloop.answers import Completion, Event, RoundDone
 from draftloop.batch import Batch
 from draftloop.errors import ContextFull
 from draftloop.server.figures import Outcome
+from draftloop.server.queue import FairQueue
 from draftloop.server.tickets import AnswerFailed, Cancelled, QueueFull, ShuttingDown, TimedOut
 
 if TYPE_CHECKING:
@@ -76,6 +77,31 @@ def test_clients_take_turns(
     asyncio.run(ask())
     texts = [text.partition("user\n")[2].partition("\n")[0] for text in engine.begun]
     assert texts == ["greedy 0", "greedy 1", "other b", "other c", "greedy 2", "greedy 3"]
+
+
+def test_nobody_looks_into_the_queue_without_its_lock(
+    engine: SteppedEngine,
+    make_worker: Callable[..., Worker],
+    job: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker, count = make_worker(), FairQueue.__len__
+
+    def counted(queue: FairQueue) -> int:
+        # Who counts while another thread adds a client would fail, and the models' thread with him.
+        assert worker._changed._is_owned()  # type: ignore[attr-defined]
+        return count(queue)
+
+    monkeypatch.setattr(FairQueue, "__len__", counted)
+    engine.free()
+
+    async def ask() -> None:
+        tickets = [worker.submit(job(client=name)) for name in ("a", "b", "c")]
+        for ticket in tickets:
+            completion_of(await read(ticket))
+
+    asyncio.run(ask())
+    assert worker.snapshot().ready
 
 
 def test_the_queue_is_bounded_and_cancelling_frees_a_place_in_it(

@@ -273,14 +273,18 @@ class Worker:
 
     def _admit(self, batch: Batch) -> None:
         """Let the next ones join, where there is a place and no call waits for a pause."""
-        while len(self._queue) and not self._calls and batch.places:
+        while self._somebody_waits() and batch.places:
             with self._changed:
-                ticket = self._queue.take()
+                ticket = None if self._calls else self._queue.take()
                 if ticket is None:
                     return
                 answer = _Active(ticket)
                 self._active.append(answer)
             self._join(batch, answer)
+
+    def _somebody_waits(self) -> bool:
+        with self._changed:
+            return len(self._queue) > 0
 
     def _join(self, batch: Batch, answer: _Active) -> None:
         if self._learner is not None and not self._busy:
@@ -372,7 +376,7 @@ class Worker:
         self._adapter = self._engine.adapter
         self._kv_bytes = sum(answer.kv_bytes for answer in self._active)
         self._prefix_cache_bytes = self._engine.prefix_cache_bytes
-        if self._busy and not self._active and not len(self._queue):
+        if self._busy and not self._active and not self._somebody_waits():
             self._busy = False
             if self._learner is not None:
                 self._learner.ended()
