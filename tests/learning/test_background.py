@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,6 +98,19 @@ def test_an_answer_under_way_is_no_idleness(machine):
     machine.learner.ended()
     assert machine.wait(19) is None
     assert isinstance(machine.wait(1), Started)
+
+
+def test_a_request_that_comes_while_it_looks_does_not_wait(machine):
+    asked = threading.Thread(target=machine.learner.began, daemon=True)
+
+    def slow(*arguments, **options):
+        asked.start()
+        asked.join(10)
+        assert not asked.is_alive()
+        return machine._start(*arguments, **options)
+
+    machine.learner._start = slow
+    assert isinstance(machine.wait(20), Started)
 
 
 def test_under_requests_that_never_pause_it_begins_in_the_end(classroom, store):

@@ -173,7 +173,10 @@ class IdleLearner:
         self._arguments = tuple(arguments)
         self._clock = clock
         self._start = start
+        self._run_lock = threading.Lock()
+        """Guards the run. Looking takes as long as the store and a new process take."""
         self._lock = threading.Lock()
+        """Guards when somebody asked; nobody holds it while he works."""
         self._training: Training | None = None
         self._idle_since_s: float | None = clock()
         self._looked_s = clock()
@@ -198,14 +201,11 @@ class IdleLearner:
 
     def look(self) -> Started | Ended | None:
         """Start training where it is time, or see whether it is over; what has happened, if anything."""
-        with self._lock:
+        with self._run_lock:
             if self._training is not None:
                 return self._see()
             if self._given_up or not self._is_due():
                 return None
-            self._looked_s = self._clock()
-            # Until the next request nothing changes that would make it worth another look.
-            self._looked_since_idle = self._idle_since_s is not None
             try:
                 return self._begin()
             except (DraftloopError, OSError) as error:
@@ -214,7 +214,7 @@ class IdleLearner:
 
     def leave(self) -> bool:
         """Tell a run of ours to stop with a checkpoint; whether there was one."""
-        with self._lock:
+        with self._run_lock:
             self._given_up = True
             running = self._training is not None and self._training.poll() is None
             if self._training is not None and running:
@@ -222,12 +222,18 @@ class IdleLearner:
             return running
 
     def _is_due(self) -> bool:
-        """Whether it is time to look if enough failures wait."""
-        if self._looked_since_idle:
-            return False
-        now_s, adaptation = self._clock(), self._config.adaptation
-        idle = self._idle_since_s is not None and now_s - self._idle_since_s >= adaptation.idle_s
-        return idle or now_s - self._looked_s >= adaptation.longest_wait_s
+        """Whether it is time to look if enough failures wait; then this counts as the look."""
+        with self._lock:
+            if self._looked_since_idle:
+                return False
+            now_s, adaptation = self._clock(), self._config.adaptation
+            idle = self._idle_since_s is not None and now_s - self._idle_since_s >= adaptation.idle_s
+            if not idle and now_s - self._looked_s < adaptation.longest_wait_s:
+                return False
+            self._looked_s = now_s
+            # Until the next request nothing changes that would make it worth another look.
+            self._looked_since_idle = self._idle_since_s is not None
+            return True
 
     def _begin(self) -> Started | None:
         if is_training(self._directory):
