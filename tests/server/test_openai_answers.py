@@ -147,6 +147,34 @@ def test_calls_and_their_results_reach_the_template(
     assert untold == tokenizer.chat_tokens(turns)
 
 
+@pytest.mark.parametrize(
+    "arguments", ['{"a": "\\ud800"}', '{"a": NaN}', f'{{"a": {"[" * 700 + "]" * 700}}}', "[]", "{"]
+)
+def test_arguments_that_no_template_can_write_are_refused(
+    address: str, worker: ScriptedWorker, arguments: str
+) -> None:
+    calls = [{"id": "c", "type": "function", "function": {"name": "add", "arguments": arguments}}]
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": calls}]
+    reply = ask(address, "/v1/chat/completions", chat_body(messages=messages, tools=TOOLS))
+    assert (reply.status, reply.error["param"].partition("[")[0]) == (400, "messages")
+    assert not worker.jobs
+
+
+@pytest.mark.parametrize("value", ['"\\ud800"', "NaN", "[" * 2000 + "]" * 2000])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_whose_arguments_nobody_could_send_stays_text(
+    address: str, worker: ScriptedWorker, value: str, *, stream: bool
+) -> None:
+    text = CALL.replace("1", value)
+    worker.script = saying(text)
+    reply = ask(address, "/v1/chat/completions", chat_body(tools=TOOLS, stream=stream))
+    if stream:
+        said = "".join(event["choices"][0]["delta"].get("content") or "" for event in reply.events[:-1])
+    else:
+        said = reply.json["choices"][0]["message"]["content"]
+    assert (reply.status, said) == (200, text)
+
+
 def test_a_prompt_is_text_or_tokens(asked: Callable[..., Request], tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode("the end")
     for prompt in ("the end", ["the end"], tokens, [tokens]):

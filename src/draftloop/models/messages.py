@@ -5,11 +5,21 @@ Contract: plain data. Must not know tokens, or any model's format.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+def is_plain_json(value: object) -> bool:
+    """Whether a value can be written as JSON in UTF-8: no NaN, no lone surrogates, not a thousand levels."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,8 @@ class Tokenizer:
 
         Raises:
             ModelUnreadable: the model has no chat template, or a broken one.
-            InputError: the template refuses these messages, for example a system message.
+            InputError: the template refuses these messages, for example a system message; or a call's
+                arguments are nested too deeply.
         """
         return self.encode(self.chat_text(messages, tools=tools, add_generation_prompt=add_generation_prompt))
 
@@ -185,6 +186,11 @@ class Tokenizer:
                     add_generation_prompt=add_generation_prompt,
                 )
             )
+        except RecursionError:
+            raise InputError(
+                "these messages are nested too deeply",
+                remedy="Call functions with arguments that are nested less deeply.",
+            ) from None
         except (TemplateSyntaxError, UndefinedError, ValueError, TypeError, KeyError) as error:
             raise ModelUnreadable(
                 f"the chat template of {self._name} is broken: {_first_line(error)}",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from draftloop.errors import InputError
-from draftloop.models.messages import Message, ToolCall
+from draftloop.models.messages import Message, ToolCall, is_plain_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,7 +55,9 @@ class CallFormat:
             call = json.loads(text)
         except (ValueError, RecursionError):
             return None
-        if not isinstance(call, dict) or call.keys() - {"name", self.arguments_key}:
+        if not isinstance(call, dict) or not is_plain_json(call):
+            return None
+        if call.keys() - {"name", self.arguments_key}:
             return None
         name, arguments = call.get("name"), call.get(self.arguments_key, {})
         return (name, arguments) if isinstance(name, str) and isinstance(arguments, dict) else None

@@ -7,7 +7,6 @@ default, and takes nothing else. Must not know how an answer is made.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -15,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from draftloop.config.schema import LOWEST_TEMPERATURE, MAX_COUNT, MAX_DRAFT_TOKENS
 from draftloop.models.grammar import OPTIONS_KEYWORD
+from draftloop.models.messages import is_plain_json
 from draftloop.server.openai.errors import CONTRADICTION
 
 MAX_STOPS = 4
@@ -38,10 +38,8 @@ def _temperature(value: float) -> float:
 
 
 def _plain_json(value: dict[str, Any]) -> dict[str, Any]:
-    try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError):
-        raise ValueError("JSON without NaN, lone surrogates or a thousand levels") from None
+    if not is_plain_json(value):
+        raise ValueError("JSON without NaN, lone surrogates or a thousand levels")
     return value
 
 

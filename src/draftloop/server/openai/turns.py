@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from draftloop.models.messages import Message, ToolCall
+from draftloop.models.messages import Message, ToolCall, is_plain_json
 from draftloop.server.openai.errors import ApiError
 from draftloop.server.openai.fields import AssistantMessage, SystemMessage, ToolMessage
 
@@ -81,4 +81,4 @@ def _json_object(text: str) -> dict[str, Any] | None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and is_plain_json(value) else None
