@@ -151,7 +151,7 @@ class TestConversations:
         # Greedy: the target's likeliest token is what was written.
         assert all(token["p"] and token["p"] >= (token["p_drafted"] or 0) for token in one["tokens"])
 
-    @pytest.mark.parametrize("identity", ["51", "0", "-1"])
+    @pytest.mark.parametrize("identity", ["51", "0", "-1", "9" * 30, "-" + "9" * 30])
     def test_one_that_is_not_stored_is_not_found(self, client: TestClient, identity: str) -> None:
         answer = client.get(f"/api/conversations/{identity}")
         assert answer.status_code == 404
@@ -159,6 +159,10 @@ class TestConversations:
 
     def test_beyond_the_oldest_there_is_nothing(self, client: TestClient) -> None:
         assert told(client.get("/api/conversations?before=1")) == {"conversations": [], "more": False}
+
+    def test_before_a_number_that_no_request_has_are_all(self, client: TestClient) -> None:
+        page = told(client.get(f"/api/conversations?before={'9' * 30}"))
+        assert page["conversations"][0]["id"] == 50
 
 
 class TestAdapters:

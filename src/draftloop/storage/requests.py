@@ -157,7 +157,7 @@ class Requests:
             f"SELECT {_SUMMARY} FROM requests WHERE pair_id = {PAIR_ID} AND id > ? AND id < ? "  # noqa: S608
             "ORDER BY id DESC LIMIT ?"
         )
-        before = LARGEST_ID if before_id is None else before_id
+        before = LARGEST_ID if before_id is None else min(before_id, LARGEST_ID)
         limit = -1 if newest is None else max(newest, 0)
         with self._database.read() as connection:
             rows = connection.execute(query, (*names(pair), since_id or 0, before, limit)).fetchall()
@@ -244,7 +244,9 @@ def _summary(row: tuple[Any, ...]) -> RequestSummary:
 
 
 def _load(connection: sqlite3.Connection, identity: int) -> RequestRecord:
-    row = connection.execute(_LOAD, (int(identity),)).fetchone()
+    # SQLite takes no number beyond its own, and no request has one below 1.
+    known = int(identity) if 0 < identity <= LARGEST_ID else 0
+    row = connection.execute(_LOAD, (known,)).fetchone()
     if row is None:
         raise RecordLost(
             f"request {identity} is not stored any more",
