@@ -160,6 +160,11 @@ class TestConversations:
     def test_beyond_the_oldest_there_is_nothing(self, client: TestClient) -> None:
         assert told(client.get("/api/conversations?before=1")) == {"conversations": [], "more": False}
 
+    def test_what_is_no_number_is_refused_by_name(self, client: TestClient) -> None:
+        for path, param in (("?before=x", "before"), ("?before=0", "before"), ("/x", "identity")):
+            answer = client.get(f"/api/conversations{path}")
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
     def test_before_a_number_that_no_request_has_are_all(self, client: TestClient) -> None:
         page = told(client.get(f"/api/conversations?before={'9' * 30}"))
         assert page["conversations"][0]["id"] == 50

@@ -338,6 +338,13 @@ def test_rubbish_is_refused(address: str, body: bytes) -> None:
     reply = ask(address, "/v1/chat/completions", body)
     assert reply.status == 400
     assert reply.error["type"] == "invalid_request_error"
+    assert reply.error["message"][0].isalpha()
+
+
+def test_what_is_no_object_is_called_so(address: str) -> None:
+    for body in (b"", b"{", b"[]", b"null", b'"x"'):
+        error = ask(address, "/v1/chat/completions", body).error
+        assert (error["message"], error["code"]) == ("The body is not a JSON object.", "invalid_json")
 
 
 def test_options_of_a_stream_need_one(address: str) -> None:

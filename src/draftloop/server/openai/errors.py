@@ -198,9 +198,7 @@ def refusal_of(errors: Sequence[Mapping[str, Any]], body: object) -> ApiError:
         errors: pydantic's.
         body: what was sent.
     """
-    if any(one["type"] in ("json_invalid", "model_attributes_type", "dict_type") for one in errors) and (
-        not isinstance(body, dict)
-    ):
+    if not isinstance(body, dict) and any(one["loc"][0] == "body" for one in errors):
         return ApiError("The body is not a JSON object.", code="invalid_json")
     param, first = max(((field_of(one, body), one) for one in errors), key=_told_by)
     kind, context = first["type"], first.get("ctx", {})
@@ -214,7 +212,8 @@ def refusal_of(errors: Sequence[Mapping[str, Any]], body: object) -> ApiError:
     if kind == "missing":
         return ApiError(f"{param} is missing.", param=param, code="missing_required_parameter")
     reason = context.get("error") or first["msg"]
-    return ApiError(f"{param}: {reason}.", param=param, code="invalid_value")
+    named = f"{param}: {reason}." if param else f"{reason}."
+    return ApiError(named, param=param or None, code="invalid_value")
 
 
 def _told_by(located: tuple[str, Mapping[str, Any]]) -> tuple[bool, int]:
@@ -230,7 +229,10 @@ def field_of(error: Mapping[str, Any], body: object) -> str:
     """
     path: list[str | int] = []
     value = body
-    steps = list(error["loc"])[1:]
+    where, *steps = error["loc"]
+    if where != "body":
+        # A part of the address has its name alone.
+        return _written(steps)
     for index, step in enumerate(steps):
         if isinstance(value, dict) and (
             step in value or (index == len(steps) - 1 and error["type"] == "missing")
