@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
 from starlette.testclient import TestClient
 
 from draftloop.config import load_config
@@ -25,3 +26,22 @@ def test_the_application_is_ready_until_it_drains(engine: SteppedEngine) -> None
         answer = client.get("/ready")
         assert (answer.status_code, answer.json()) == (503, {"status": "shutting down"})
     assert service.worker.stop(0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_application_whose_models_thread_broke_says_so(
+    engine: SteppedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError
+
+    service = open_service(load_config().config, engine)
+    monkeypatch.setattr(service.worker, "_look_around", broken)
+    engine.free()
+    with TestClient(create_app(service), base_url="http://localhost") as client:
+        body = {"model": "draftloop", "messages": [{"role": "user", "content": "Hello"}]}
+        assert client.post("/v1/chat/completions", json=body).status_code == 503
+        service.worker._thread.join(30)
+        answer = client.get("/ready")
+        assert (answer.status_code, answer.json()) == (503, {"status": "broken"})
+        assert client.post("/v1/chat/completions", json=body).status_code == 503

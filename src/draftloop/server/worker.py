@@ -154,7 +154,7 @@ class Worker:
         arrived_s = self._clock()
         ticket = Ticket(job, arrived_s, arrived_s + self._request_timeout_s)
         with self._changed:
-            if self._draining:
+            if self._draining or self._stopping:
                 self.figures.ended(Outcome.SHUTTING_DOWN)
                 raise ShuttingDown
             if len(self._queue) >= self._room():
@@ -383,15 +383,16 @@ class Worker:
 
     def _leave(self) -> None:
         """The thread ends, as it was told or because it broke: nobody is left waiting."""
-        self.drain()
+        with self._changed:
+            # Not draining: that is for who was told to end.
+            self._stopping = True
+            self._drop_from_queue(lambda _: True, ShuttingDown(), Outcome.SHUTTING_DOWN)
+            calls, self._calls = self._calls, []
         for answer in list(self._active):
             # The batch, as it was left, has stored what was said.
             self._remove(answer)
             self.figures.ended(Outcome.SHUTTING_DOWN)
             answer.ticket.deliver(ShuttingDown())
-        with self._changed:
-            self._stopping = True
-            calls, self._calls = self._calls, []
         for _, future in calls:
             if future.set_running_or_notify_cancel():
                 future.set_exception(ShuttingDown())
