@@ -237,7 +237,7 @@ def _verifications(
             measured[width] = step
         if len(measured) == 2 and not together.measured and (caches := _caches_beside(target, cache)):
             alone = verification_step(target, caches, 0, rules, drafted=drafted, trace=rounds.trace)
-            together = session.first(alone, SEQUENCES * measured[1].best_s)
+            together = session.first(alone, _grown(measured[1].best_s, 1, SEQUENCES))
     return measured, together
 
 
