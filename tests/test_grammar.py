@@ -156,6 +156,11 @@ def references(count, depth=0):
         {"allOf": [{"anyOf": [{"properties": {f"{i}{j}": {}}} for j in range(2)]} for i in range(20)]},
         {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(9000)}},
         {"type": "integer", "multipleOf": 999_999_937},
+        {"type": "integer", "multipleOf": 9_999_991},
+        {"type": "number", "multipleOf": 0.9999991},
+        {"type": "integer", "multipleOf": 9_973_000},
+        {"allOf": [{"type": "number", "multipleOf": 10**4200}, {"multipleOf": 3e-300}]},
+        {"allOf": [{"type": "integer", "multipleOf": 9973}, {"multipleOf": 9967}]},
         {"enum": ["x" * MOST_CHARACTERS]},
     ],
     ids=[
@@ -167,6 +172,11 @@ def references(count, depth=0):
         "choices",
         "wide",
         "steps",
+        "fewer steps",
+        "small steps",
+        "round steps",
+        "steps far apart",
+        "steps together",
         "long",
     ],
 )
@@ -186,12 +196,20 @@ def test_a_hostile_schema_ends_in_an_error(grammars, schema):
         {"type": "string", "pattern": "(a*)*(b|c*)*" * 50},
         {"type": "string", "pattern": "(.*a.{40})|(.*b.{41})"},
         {"enum": [f"number {i}" for i in range(5000)]},
+        {"allOf": [{"type": "number", "multipleOf": 0.001}, {"multipleOf": 10**6}]},
+        {"properties": {str(step): {"multipleOf": step} for step in (0.01, 0.25, 5, 60)}},
     ],
-    ids=["references", "deep references", "items", "length", "stars", "counts", "enum"],
+    ids=["references", "deep references", "items", "length", "stars", "counts", "enum", "tens", "steps"],
 )
 def test_a_demanding_schema_is_followed(grammars, schema):
     """References this many overflow a usual stack, which would end the process."""
     assert grammars.json_schema(schema).start().allowed(()).any()
+
+
+def test_a_hostile_schema_in_a_lark_grammar_ends_in_an_error(grammars):
+    schema = json.dumps({"type": "integer", "multipleOf": 9_999_991})
+    with pytest.raises(InputError, match="multipleOf"):
+        grammars.lark(f"start: %json {schema}")
 
 
 @pytest.mark.parametrize("text", ["", "start: a", "start: /(/", "start: " + "(" * 60_000])

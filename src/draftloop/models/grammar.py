@@ -8,8 +8,11 @@ The only place that knows llguidance. Must not know models, requests, or why som
 from __future__ import annotations
 
 import json
+import math
+import re
 import threading
 from collections import OrderedDict
+from decimal import Decimal
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,11 @@ WHITESPACE = r" |\r?\n[ \t]{0,40}"
 schema forbids writes blanks for as long as it may."""
 MOST_REASON = 300
 """Characters of the library's own words in an error: they may hold what was sent."""
+MOST_MULTIPLE = 100_000
+"""What every `multipleOf` of a schema may come to together, in steps of the finest. The library looks at each
+remainder, unless they come to a power of ten: this many take a second, ten times as many fifteen."""
+_MULTIPLE = re.compile(r'"multipleOf": ([0-9.]+(?:[eE][+-]?[0-9]+)?)')
+"""As `json.dumps` writes it, in a schema or in a Lark grammar that holds one."""
 KEPT_GRAMMARS = 16
 """So many compiled ones are kept, the newest."""
 _STACK_BYTES = 256 * 2**20
@@ -105,6 +113,7 @@ class Grammars:
                 f"the {kind} has the keyword {OPTIONS_KEYWORD}, which is not supported",
                 remedy="Leave it out.",
             )
+        _check_multiples(kind, text)
         with self._lock:
             grammar = self._kept.get((kind, text))
             if grammar is None:
@@ -247,6 +256,27 @@ class GrammarState:
             raise GrammarFailed(
                 f"the grammar cannot be followed any further: {_first_line(self._matcher.get_error())}",
                 remedy="Choose a simpler schema.",
+            )
+
+
+def _check_multiples(kind: str, text: str) -> None:
+    """Refuse steps between numbers that would keep the compiler busy for minutes, with all memory.
+
+    Raises:
+        InputError: the least common multiple of all, in steps of the finest, is too large.
+    """
+    steps = {Decimal(found) for found in _MULTIPLE.findall(text)} - {0}
+    finest = min((int(step.as_tuple().exponent) for step in steps), default=0)
+    together = 1
+    for step in steps:
+        together = math.lcm(together, int(step.scaleb(-min(finest, 0))))
+        others = together
+        while others % 10 == 0:
+            others //= 10
+        if together > MOST_MULTIPLE and others > 1:
+            raise InputError(
+                f"multipleOf in the {kind} comes to more than {MOST_MULTIPLE} remainders",
+                remedy="Choose steps between numbers with a smaller least common multiple.",
             )
 
 
