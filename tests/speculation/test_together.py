@@ -217,6 +217,20 @@ def test_what_the_calibration_got_wrong_is_learnt(believed, alpha, count):
     assert late.speed > 1 - 2 * PROBE_SHARE
 
 
+def test_drafts_grow_by_one_each_in_a_round_of_streams_never_seen():
+    pace, likely = TogetherPace(Schedule(PACKED)), [Prospect((0.95,) * 4)] * 2
+    found = []
+    for _ in range(4):
+        plan = pace.choose(likely)
+        found.append(sum(plan.num_draft_tokens))
+        pace.observe(plan.round_s)
+    assert found[0] == 0
+    assert found[1] == 2
+    assert 2 < found[2] <= 4
+    # Three streams are like two.
+    assert sum(pace.choose([*likely, likely[0]]).num_draft_tokens) > 0
+
+
 def test_a_draft_that_never_pays_is_asked_ever_less():
     pace = TogetherPace(Schedule(HOPELESS))
     first = Machine(HOPELESS, 0.9, 4).serve(pace, 200)

@@ -138,8 +138,7 @@ class LiveCosts:
 
     def shared_s(self, rows: int, sequences: int, drafting: Sequence[int]) -> float:
         """As `RoundCosts.shared_s`, corrected by such rounds; where there were none, by the most alike."""
-        seen = self._shared.get(sequences)
-        correction = 0.0
+        seen, correction = self._most_alike(sequences), 0.0
         if seen:
             wanted = _drafts_each(rows, sequences)
             correction = seen[min(seen, key=lambda each: (abs(each - wanted), each))].correction
@@ -163,8 +162,17 @@ class LiveCosts:
         known[each] = _Seen(before.rounds + 1, before.correction + step * surprise)
 
     def knows_shared(self, rows: int, sequences: int) -> bool:
-        """Whether a round like this was ever looked at."""
-        return _drafts_each(rows, sequences) in self._shared.get(sequences, {})
+        """Whether a round like this was ever looked at, with so many sequences or the next number known."""
+        return _drafts_each(rows, sequences) in self._most_alike(sequences)
+
+    def most_drafts_known(self, sequences: int) -> int:
+        """The most drafts for each of so many sequences, or of the next number known, in any round so far."""
+        return max(self._most_alike(sequences), default=0)
+
+    def _most_alike(self, sequences: int) -> Mapping[int, _Seen]:
+        if not self._shared:
+            return {}
+        return self._shared[min(self._shared, key=lambda count: (abs(count - sequences), count))]
 
     def _surprise(self, seconds: float, calibrated_s: float, correction: float) -> float:
         """What nothing explains so far, cut; the common factor takes its part."""

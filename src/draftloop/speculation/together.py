@@ -69,7 +69,9 @@ class Plan:
         return len(self.num_draft_tokens) + sum(self.num_draft_tokens)
 
 
-def best_plan(costs: SharedPrices, prospects: Sequence[Prospect], *, with_model: bool) -> Plan:
+def best_plan(
+    costs: SharedPrices, prospects: Sequence[Prospect], *, with_model: bool, most_each: int | None = None
+) -> Plan:
     """The plan with the most expected tokens a second; of equals the one that drafts least.
 
     Args:
@@ -77,12 +79,14 @@ def best_plan(costs: SharedPrices, prospects: Sequence[Prospect], *, with_model:
         prospects: one for each stream, at least one.
         with_model: whether the draft model is asked for those who are not settled: at least for one of
             them, where there is one. Else for nobody.
+        most_each: drafts for each stream on the average, beside what is settled; None: as many as there are.
     """
+    most = None if most_each is None else most_each * len(prospects)
     deepest = max((len(one.chances) for one in prospects if with_model and _asks(one)), default=0)
     best: Plan | None = None
     for depth in range(min(1, deepest), deepest + 1):
         growing = _Growing(costs, prospects)
-        for draft in (None, *_by_gain(prospects, depth)):
+        for draft in (None, *_by_gain(prospects, depth)[:most]):
             if draft is not None:
                 growing.add(*draft)
             better = best is None or growing.tokens_per_s > best.tokens_per_s
@@ -221,7 +225,9 @@ class TogetherPace:
             replace(one, chances=()) if _asks(one) and index not in who else one
             for index, one in enumerate(prospects)
         ]
-        plan = best_plan(self._schedule.costs, open_ones, with_model=True)
+        # What drafts cost so many streams is found out a step at a time: a guess too high is dear for all.
+        most_each = self._schedule.costs.most_drafts_known(len(prospects)) + 1
+        plan = best_plan(self._schedule.costs, open_ones, with_model=True, most_each=most_each)
         return plan, plan.tokens_per_s / plain.tokens_per_s
 
     def observe(self, seconds: float | None) -> None:
