@@ -224,7 +224,8 @@ def test_training_and_what_is_not_stored_are_told(
     state = LearningState(
         Phase.TRAINING, progress=progress, last_outcome={"status": "rejected", "reason": "Why."}
     )
-    learner = SimpleNamespace(state=lambda: state, start=lambda: None, stop=lambda: True)
+    states = [state]
+    learner = SimpleNamespace(state=lambda: states[-1], start=lambda _: None, stop=lambda: True)
     service = serve_classroom(classroom, storage__collect="false")
     app = create_app(replace(service, learner=cast("Learner", learner)))
     with served(app) as address:
@@ -233,6 +234,10 @@ def test_training_and_what_is_not_stored_are_told(
         assert page.get_by_role("progressbar").get_attribute("value") == "5"
         page.get_by_text("Last run of this server: rejected. Why.").wait_for()
         page.get_by_text("This server stores nothing").first.wait_for()
+        failed = {"status": "failed", "reason": "Why."}
+        states.append(LearningState(Phase.OFF, why_off="it failed", last_outcome=failed))
+        page.get_by_text("Learning is off: it failed.").wait_for()
+        page.get_by_text("Last run of this server: failed. Why.").wait_for()
     assert complaints == []
 
 

@@ -188,6 +188,11 @@ class IdleLearner:
         """Whether a run of ours is under way, as far as it was looked at."""
         return self._training is not None
 
+    @property
+    def given_up(self) -> bool:
+        """Whether it starts no more runs: one of them failed, or it was left."""
+        return self._given_up
+
     def began(self) -> None:
         """A request has come."""
         with self._lock:

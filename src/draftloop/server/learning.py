@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.5
 """Seconds between two looks at whether it is time to learn."""
+GIVEN_UP = "the last run failed, and the next would most likely too; the server's next start tries again"
 
 logger = logging.getLogger(__name__)
 
@@ -228,12 +229,14 @@ class Learner:
             StorageError: the store cannot be read.
         """
         promotions, reverts = self._changes()
-        phase, progress = Phase.OFF, None
-        if self._idle is not None:
+        phase, progress, why_off = Phase.OFF, None, self.why_off
+        if self._idle is not None and self._idle.training:
+            phase, progress = self._under_way()
+        elif self._idle is not None and self._idle.given_up:
+            why_off = GIVEN_UP
+        elif self._idle is not None:
             phase = Phase.WAITING
-            if self._idle.training:
-                phase, progress = self._under_way()
-        return LearningState(phase, self.why_off, progress, self._last_outcome, promotions, reverts)
+        return LearningState(phase, why_off, progress, self._last_outcome, promotions, reverts)
 
     def _under_way(self) -> tuple[Phase, Progress | None]:
         run = self._store.runs.latest(self._pair)

@@ -48,10 +48,10 @@ function bars(rounds) {
 export function showLearning(learning) {
   const place = byId("progress");
   if (learning === null) return place.replaceChildren(element("p", { class: "empty" }, "This server does not learn."));
-  if (!learning.enabled) return place.replaceChildren(element("p", { class: "empty" }, `Learning is off: ${learning.why_off}.`.replace("..", ".")));
   const parts = [], { phase, progress, last_outcome: outcome } = learning;
   const words = { waiting: "Waiting", preparing: "A run is being prepared", training: "Training", judging: "Judging the candidate on held-out requests" };
-  if (phase !== "waiting") parts.push(element("p", { class: "phase" }, words[phase], progress ? `, run ${progress.run}` : ""));
+  if (!learning.enabled) parts.push(element("p", { class: "empty" }, `Learning is off: ${learning.why_off}.`.replace("..", ".")));
+  else if (phase !== "waiting") parts.push(element("p", { class: "phase" }, words[phase], progress ? `, run ${progress.run}` : ""));
   if (progress) {
     const left = progress.eta_s === null ? "" : ` · about ${duration(progress.eta_s)} left`;
     const alpha = progress.validation_alpha === null ? "" : ` · validation alpha ${number(progress.validation_alpha, 3)}`;
