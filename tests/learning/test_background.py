@@ -179,13 +179,29 @@ def test_while_another_process_trains_it_waits(classroom, machine):
     assert isinstance(machine.wait(20), Started)
 
 
-def test_after_a_failure_it_is_not_tried_again(machine):
+def test_after_failures_it_tries_again_after_growing_pauses(machine):
     machine.wait(20)
-    machine.trainings[0].outcome = {"status": "failed", "reason": "no room"}
-    assert isinstance(machine.wait(1), Ended)
-    machine.learner.began()
-    machine.learner.ended()
-    assert machine.wait(1000) is None
+    for pause_s in (600, 1200, 2400, 4800, 9600, 19_200, 38_400, 76_800, 86_400, 86_400):
+        machine.trainings[-1].outcome = {"status": "failed", "reason": "no room"}
+        assert isinstance(machine.wait(1), Ended)
+        assert machine.learner.pause_s == pause_s
+        machine.learner.began()
+        machine.learner.ended()
+        assert machine.wait(pause_s - 1) is None
+        assert isinstance(machine.wait(1), Started)
+        assert machine.learner.pause_s is None
+
+
+def test_a_run_that_went_well_makes_the_pauses_short_again(machine):
+    machine.wait(20)
+    for status in ("failed", "failed", "rejected", "failed"):
+        machine.trainings[-1].outcome = {"status": status, "reason": "no room"}
+        assert isinstance(machine.wait(1), Ended)
+        last_pause_s = machine.learner.pause_s
+        machine.learner.began()
+        machine.learner.ended()
+        machine.wait(2000)
+    assert last_pause_s == 600
 
 
 def test_a_process_that_cannot_be_started_is_told(classroom, store):
@@ -196,7 +212,9 @@ def test_a_process_that_cannot_be_started_is_told(classroom, store):
 
     machine.learner._start = fail
     assert machine.wait(20) == Ended({"status": "failed", "reason": "the disk is full. Free some space."})
-    assert machine.wait(1000) is None
+    machine.learner._start = machine._start
+    assert machine.wait(599) is None
+    assert isinstance(machine.wait(1), Started)
 
 
 def test_who_leaves_stops_it_once(machine):

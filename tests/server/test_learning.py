@@ -16,7 +16,7 @@ from draftloop.learning.background import Ended, IdleLearner, Started
 from draftloop.learning.circle import learn
 from draftloop.loading import prepare
 from draftloop.server.app import create_app
-from draftloop.server.learning import GIVEN_UP, Learner, Phase, open_learner
+from draftloop.server.learning import Learner, Phase, open_learner
 from draftloop.server.service import open_service
 from draftloop.server.tickets import Job
 from draftloop.server.worker import Worker
@@ -82,16 +82,21 @@ def test_who_does_not_learn_says_why_and_counts_what_others_promote(classroom, s
     assert learner.stop() is False
 
 
-def test_after_a_run_that_failed_it_is_off_and_says_so(classroom, store):
+def test_after_a_run_that_failed_it_is_off_and_says_when_it_tries_again(classroom, store):
     training = FakeTraining()
     desk = Desk(classroom, store, lambda *_, **__: training)
     assert isinstance(desk.look(20), Started)
     training.outcome = {"status": "failed", "reason": "the disk is full"}
     assert isinstance(desk.look(1), Ended)
     state = desk.learner.state()
-    assert (state.phase, state.enabled, state.why_off) == (Phase.OFF, False, GIVEN_UP)
+    assert (state.phase, state.enabled) == (Phase.OFF, False)
+    assert state.why_off == "the last run failed; it tries again in 10 min"
     assert state.last_outcome == training.outcome
-    assert desk.look(10_000) is None
+    assert desk.look(555) is None
+    assert desk.learner.state().why_off == "the last run failed; it tries again in 45 s"
+    desk.now_s += 45
+    assert desk.learner.state().phase is Phase.WAITING
+    assert isinstance(desk.look(0), Started)
 
 
 @pytest.mark.parametrize(

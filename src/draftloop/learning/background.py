@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 RESULT_NAME, LOG_NAME = "background.json", "background.log"
 """Where the newest background run writes its outcome, and everything else, below `runs/`."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 600.0, 86_400.0
+"""After a run that failed; each further failure in a row doubles the pause."""
 
 
 def start_training(arguments: Sequence[str], directory: Path, *, resume: bool = False) -> Training:
@@ -143,6 +145,9 @@ class IdleLearner:
     Where requests never pause for so long, it looks every `adaptation.longest_wait_s` all the same: the run
     itself yields to answers (`yielding`).
 
+    After a run that failed it pauses, longer with each one in a row: a disk may be full for an hour, and what
+    always fails costs little this way.
+
     `began`, `ended` and `leave` belong to whoever answers; `look` may be called by another thread.
 
     Args:
@@ -181,7 +186,9 @@ class IdleLearner:
         self._idle_since_s: float | None = clock()
         self._looked_s = clock()
         self._looked_since_idle = False
-        self._given_up = False
+        self._failures_in_a_row = 0
+        self._paused_until_s: float | None = None
+        self._left = False
 
     @property
     def training(self) -> bool:
@@ -189,9 +196,11 @@ class IdleLearner:
         return self._training is not None
 
     @property
-    def given_up(self) -> bool:
-        """Whether it starts no more runs: one of them failed, or it was left."""
-        return self._given_up
+    def pause_s(self) -> float | None:
+        """Seconds until it may start a run again, where the last one failed; None where there is no pause."""
+        until_s = self._paused_until_s
+        left_s = 0.0 if until_s is None else until_s - self._clock()
+        return left_s if left_s > 0 else None
 
     def began(self) -> None:
         """A request has come."""
@@ -209,18 +218,17 @@ class IdleLearner:
         with self._run_lock:
             if self._training is not None:
                 return self._see()
-            if self._given_up or not self._is_due():
+            if self._left or self.pause_s is not None or not self._is_due():
                 return None
             try:
                 return self._begin()
             except (DraftloopError, OSError) as error:
-                self._given_up = True
-                return Ended({"status": "failed", "reason": str(error)})
+                return self._end({"status": "failed", "reason": str(error)})
 
     def leave(self) -> bool:
         """Tell a run of ours to stop with a checkpoint; whether there was one."""
         with self._run_lock:
-            self._given_up = True
+            self._left = True
             running = self._training is not None and self._training.poll() is None
             if self._training is not None and running:
                 self._training.stop()
@@ -255,6 +263,16 @@ class IdleLearner:
         if outcome is None:
             return None
         self._training = None
-        # A failure would most likely come again, and again.
-        self._given_up = outcome.get("status") == "failed"
+        return self._end(outcome)
+
+    def _end(self, outcome: dict[str, Any]) -> Ended:
+        if outcome.get("status") != "failed":
+            self._failures_in_a_row = 0
+            return Ended(outcome)
+        pause_s = min(FIRST_PAUSE_S * 2.0**self._failures_in_a_row, LONGEST_PAUSE_S)
+        self._failures_in_a_row += 1
+        self._paused_until_s = self._clock() + pause_s
+        with self._lock:
+            # What failed may go well now, without anybody's request.
+            self._looked_since_idle = False
         return Ended(outcome)

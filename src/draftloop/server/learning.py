@@ -8,6 +8,7 @@ each one, and the recorder takes one back that made things worse. Must not know 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from draftloop.errors import MemoryPlanError, StorageError
 from draftloop.learning.background import Ended, IdleLearner, Started, why_not
 from draftloop.learning.recipe import Recipe
 from draftloop.loading import pair_of
+from draftloop.reporting.wording import duration
 from draftloop.storage.records import AdapterStatus, RunStatus
 
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.5
 """Seconds between two looks at whether it is time to learn."""
-GIVEN_UP = "the last run failed, and the next would most likely too; the server's next start tries again"
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class LearningState:
 
     Attributes:
         phase: what it does now.
-        why_off: one sentence where it is off.
+        why_off: one sentence where it is off, which says when it goes on where it does so by itself.
         progress: of the run that is under way.
         last_outcome: how the last run of this service ended: what `train --json` prints.
         promotions, reverts: changes of the active adapter since the service began, whoever made them.
@@ -232,8 +233,8 @@ class Learner:
         phase, progress, why_off = Phase.OFF, None, self.why_off
         if self._idle is not None and self._idle.training:
             phase, progress = self._under_way()
-        elif self._idle is not None and self._idle.given_up:
-            why_off = GIVEN_UP
+        elif self._idle is not None and (pause_s := self._idle.pause_s) is not None:
+            why_off = f"the last run failed; it tries again in {duration(math.ceil(pause_s))}"
         elif self._idle is not None:
             phase = Phase.WAITING
         return LearningState(phase, why_off, progress, self._last_outcome, promotions, reverts)
