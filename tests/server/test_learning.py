@@ -277,6 +277,25 @@ def test_a_thread_looks_by_itself_and_a_run_is_stopped_with_the_service(classroo
     assert training.stopped.is_set()
 
 
+def test_the_thread_outlives_an_error_that_nobody_foresaw(classroom, store, monkeypatch, caplog):
+    monkeypatch.setattr("draftloop.server.learning.LOOK_S", 0.001)
+    started, errors = threading.Event(), iter([KeyError("the words of a prompt")])
+
+    def start(*_, **__):
+        for error in errors:
+            raise error
+        started.set()
+        return FakeTraining()
+
+    desk = Desk(classroom, store, start, adaptation__longest_wait_s=0)
+    desk.learner.began()
+    desk.learner.start()
+    assert started.wait(20)
+    assert desk.learner.stop() is True
+    assert "KeyError" in caplog.text
+    assert "the words of a prompt" not in caplog.text
+
+
 def begun_run(classroom, store) -> int:
     """A run in the store that is under way."""
 

@@ -21,6 +21,7 @@ from draftloop.learning.background import Ended, IdleLearner, Started, why_not
 from draftloop.learning.recipe import Recipe
 from draftloop.loading import pair_of
 from draftloop.reporting.wording import duration
+from draftloop.server.logs import where_raised
 from draftloop.storage.records import AdapterStatus, RunStatus
 
 if TYPE_CHECKING:
@@ -287,3 +288,6 @@ class Learner:
                 self.look()
             except StorageError as error:
                 logger.warning("learning could not look into the store: %s", error)
+            except Exception as error:
+                # The next look may go well; nobody would notice that the thread has ended.
+                logger.error("a look at whether it is time to learn failed: %s", where_raised(error))
