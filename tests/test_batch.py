@@ -272,6 +272,63 @@ def test_whose_grammar_fails_fails_alone(new_engine, most):
         engine.complete(request(1, grammar=Breaking(most)))
 
 
+@pytest.mark.parametrize("part", ["take", "end", "completion"])
+def test_whose_own_end_fails_fails_alone(new_engine, part):
+    engine = new_engine()
+
+    def broken(*_):
+        raise KeyError(part)
+
+    with engine.batch() as batch:
+        members = [batch.join(request(seed)) for seed in range(3)]
+        setattr(members[1].answer, part, broken)
+        told = run(batch)
+    assert isinstance(told[members[1]][-1], Failed)
+    assert isinstance(told[members[1]][-1].error, KeyError)
+    assert members[1].over
+    for seed in (0, 2):
+        assert told[members[seed]][-1].token_ids == engine.complete(request(seed)).token_ids
+
+
+class Failing(Listener):
+    """A recorder that fails at the first requests it is told of."""
+
+    def __init__(self, *words):
+        super().__init__()
+        self.words = list(words)
+
+    def record(self, answered):
+        super().record(answered)
+        if self.words:
+            raise RuntimeError(self.words.pop(0))
+
+
+def test_where_breaking_off_fails_the_others_are_stored_and_closed_all_the_same(new_engine):
+    recorder, members = Failing("the first", "the second"), []
+    batch = new_engine(recorder=recorder).batch()
+
+    def left():
+        with batch:
+            asked = [request(seed, max_tokens=30, provenance=PROVENANCE) for seed in range(3)]
+            members.extend(map(batch.join, asked))
+            run(batch, steps=5)
+
+    with pytest.raises(RuntimeError, match="the first"):
+        left()
+    assert len(recorder.heard) == 3
+    assert all(member.over for member in members)
+    assert not batch.members
+
+
+def test_who_leaves_is_gone_also_where_that_fails(new_engine):
+    with new_engine(recorder=Failing("the first")).batch() as batch:
+        leaving, staying = (batch.join(request(seed, provenance=PROVENANCE)) for seed in range(2))
+        run(batch, steps=3)
+        with pytest.raises(RuntimeError, match="the first"):
+            batch.leave(leaving)
+        assert batch.members == (staying,)
+
+
 def test_who_leaves_is_stored_and_leaves_a_whole_conversation(new_engine):
     recorder = Listener()
     engine = new_engine(recorder=recorder)

@@ -145,20 +145,24 @@ class Member:
         """
         if self.over:
             return
-        self._books.record(self.answer, CANCELLED)
-        if whole:
-            self._books.keep(self.stream.conversation)
-        self.close()
+        try:
+            self._books.record(self.answer, CANCELLED)
+            if whole:
+                self._books.keep(self.stream.conversation)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Let go of what an answer holds; once."""
         if self.over:
             return
         self.over = True
-        if self.stream.suffix is not None:
-            self.stream.suffix.finish(self.answer.token_ids)
-        self._books.count()
-        self._answering.close()
+        try:
+            if self.stream.suffix is not None:
+                self.stream.suffix.finish(self.answer.token_ids)
+            self._books.count()
+        finally:
+            self._answering.close()
 
     def _progress(self, reading: PromptReading) -> PromptProgress:
         prompt = self.answer.request.prompt_tokens
@@ -208,10 +212,16 @@ class Batch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        first: BaseException | None = None
         for member in self._members:
-            # Ctrl-C comes anywhere, everything else between two events or with the member's own end.
-            member.break_off(whole=kind is None or not issubclass(kind, KeyboardInterrupt))
+            try:
+                # Ctrl-C comes anywhere, everything else between two events or with the member's own end.
+                member.break_off(whole=kind is None or not issubclass(kind, KeyboardInterrupt))
+            except BaseException as trouble:
+                first = first or trouble
         self._members.clear()
+        if first is not None:
+            raise first
 
     @property
     def members(self) -> Sequence[Member]:
@@ -245,8 +255,10 @@ class Batch:
 
     def leave(self, member: Member) -> None:
         """Break off between two events: what was said is stored. Nothing happens where it is over."""
-        member.break_off(whole=True)
-        self._forget()
+        try:
+            member.break_off(whole=True)
+        finally:
+            self._forget()
 
     def step(self) -> Iterator[tuple[Member, Event | Failed]]:
         """Read one piece of one prompt, or all of them, and run one round for everybody whose prompt is read.
@@ -265,25 +277,18 @@ class Batch:
         try:
             outcomes = run_round(self._pair, [one.stream for one in active], self._clock, self._together)
         except Exception as error:
-            for member in active:
-                member.close()
+            failed = [(member, _failed(member, error)) for member in active]
             self._forget()
-            yield from ((member, Failed(error)) for member in active)
+            yield from failed
             return
         self._round_s = self._clock() - started_s
         part_s = self._round_s / len(active)
-        for member in active:
-            if member.stream.failure is not None:
-                member.break_off(whole=True)
-        told = [
-            [Failed(one.stream.failure)] if one.stream.failure is not None else one.take(outcome, part_s)
-            for one, outcome in zip(active, outcomes, strict=True)
-        ]
+        told = [_taken(one, outcome, part_s) for one, outcome in zip(active, outcomes, strict=True)]
         for member, events in zip(active, told, strict=True):
             yield from ((member, event) for event in events)
         for member in active:
             if member.said_all and not member.over:
-                yield from ((member, event) for event in member.finish())
+                yield from ((member, event) for event in _finished(member))
         self._forget()
 
     def _reader(self) -> Member | None:
@@ -317,9 +322,9 @@ class Batch:
         try:
             return work()
         except Exception as error:
-            reader.close()
+            failed = _failed(reader, error)
             self._forget()
-            return Failed(error)
+            return failed
 
     def _chunk_tokens(self) -> int:
         """So many that the others' tokens come half as often at worst."""
@@ -332,3 +337,32 @@ class Batch:
 
     def _forget(self) -> None:
         self._members = [member for member in self._members if not member.over]
+
+
+def _taken(member: Member, outcome: Round, seconds: float) -> list[TextPiece | RoundDone | Failed]:
+    """What a round brought one answer; what fails here is its own."""
+    try:
+        failure = member.stream.failure
+        if failure is None:
+            return [*member.take(outcome, seconds)]
+        member.break_off(whole=True)
+    except Exception as error:
+        return [_failed(member, error)]
+    return [Failed(failure)]
+
+
+def _finished(member: Member) -> Iterator[TextPiece | Completion | Failed]:
+    """An answer's end; what fails here is its own."""
+    try:
+        yield from member.finish()
+    except Exception as error:
+        yield _failed(member, error)
+
+
+def _failed(member: Member, error: Exception) -> Failed:
+    """Let go of what an answer holds that has failed, and that may fail too."""
+    try:
+        member.close()
+    except Exception as trouble:
+        return Failed(trouble)
+    return Failed(error)

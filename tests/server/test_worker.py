@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from draftloop.answers import Completion, Event, RoundDone
-from draftloop.batch import Batch
+from draftloop.batch import Batch, Member
 from draftloop.errors import ContextFull
 from draftloop.server.figures import Outcome
 from draftloop.server.queue import FairQueue
 from draftloop.server.tickets import AnswerFailed, Cancelled, QueueFull, ShuttingDown, TimedOut
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from stepped import SteppedEngine
 
+    from draftloop.answers import Failed
     from draftloop.server.tickets import Job, Ticket
     from draftloop.server.worker import Worker
 
@@ -327,6 +328,40 @@ def test_a_step_that_breaks_ends_who_shared_it_and_nobody_else(
             for ticket in [worker.submit(job()) for _ in range(2)]:
                 with pytest.raises(AnswerFailed):
                     await read(ticket)
+        completion_of(await read(worker.submit(job())))
+
+    asyncio.run(ask())
+    assert worker.snapshot().active == 0
+
+
+def test_who_had_his_end_before_a_step_broke_keeps_it(
+    engine: SteppedEngine,
+    make_worker: Callable[..., Worker],
+    job: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine.free()
+    engine.most_together = 2
+    worker, step, close = make_worker(), Batch.step, Member.close
+
+    def closes_badly(member: Member) -> None:
+        close(member)
+        raise KeyError
+
+    def breaks_after_an_end(batch: Batch) -> Iterator[tuple[Member, Event | Failed]]:
+        for member, event in step(batch):
+            yield member, event
+            if isinstance(event, Completion):
+                monkeypatch.setattr(Member, "close", closes_badly)
+                raise KeyError
+
+    async def ask() -> None:
+        monkeypatch.setattr(Batch, "step", breaks_after_an_end)
+        short, long = worker.submit(job()), worker.submit(job(max_tokens=60, min_tokens=60))
+        completion_of(await read(short))
+        with pytest.raises(AnswerFailed):
+            await read(long)
+        monkeypatch.undo()
         completion_of(await read(worker.submit(job())))
 
     asyncio.run(ask())

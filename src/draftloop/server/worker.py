@@ -24,8 +24,9 @@ from draftloop.server.queue import FairQueue
 from draftloop.server.tickets import AnswerFailed, Cancelled, QueueFull, ShuttingDown, Ticket, TimedOut
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
+    from draftloop.answers import Event
     from draftloop.batch import Batch, Member
     from draftloop.engine import Engine
     from draftloop.server.tickets import Job
@@ -306,17 +307,29 @@ class Worker:
 
     def _step(self, batch: Batch) -> None:
         """One round for everybody, and its events to their readers."""
-        began_s = self._clock()
+        began_s, told, broken = self._clock(), [], None
         try:
-            told = list(batch.step())
+            for member, event in batch.step():
+                told.append((member, event))
         except Exception as error:
-            # It was nobody's own: what the caches hold is unknown.
+            broken = error
+        self._tell(told, began_s)
+        if broken is not None:
+            # It was nobody's own: what the caches hold is unknown. Who was told his end before has it.
             for answer in list(self._active):
                 if answer.member is not None:
-                    answer.member.close()
-                    batch.leave(answer.member)
-                self._fail(answer, error)
-            return
+                    self._let_close(batch, answer.member)
+                self._fail(answer, broken)
+
+    def _let_close(self, batch: Batch, member: Member) -> None:
+        try:
+            member.close()
+        except Exception as trouble:
+            logger.error("an answer did not end well: %s", where_raised(trouble))
+        batch.leave(member)
+
+    def _tell(self, told: Sequence[tuple[Member, Event | Failed]], began_s: float) -> None:
+        """What a step brought, to the figures and to its readers."""
         answers = {answer.member: answer for answer in self._active}
         rounds = [(answers[member], event.outcome) for member, event in told if isinstance(event, RoundDone)]
         self._count(rounds, began_s)
