@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SCRIPT = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 KEY = "the-servers-key"
+FROM_BEFORE = "These are from before: this server stores no new ones."
 FIRST_TEXTS = "nodes => nodes.map(node => node.firstChild.data)"
 BACKGROUND = "node => getComputedStyle(node).backgroundColor"
 
@@ -150,6 +151,30 @@ def test_everything_is_reached_by_keyboard(
     assert complaints == []
 
 
+def axes(page: Page) -> list[tuple[str, str]]:
+    """The lowest and the highest label of each chart's upright axis."""
+    labels = [chart.locator("svg .tick[text-anchor=end]") for chart in page.locator(".chart").all()]
+    return [(one.first.inner_html(), one.last.inner_html()) for one in labels]
+
+
+def test_of_a_single_request_too_the_axes_hold_what_can_be(
+    classroom: Classroom, visit: Callable[..., Page], complaints: list[str]
+) -> None:
+    service = serve_classroom(classroom, storage__directory=str(classroom.folder / "single"))
+    record(service, classroom, "Hello")
+    with served(create_app(service)) as address:
+        page = visit(address)
+        page.locator("#reading .token").first.wait_for()
+        speed, alpha, tau = axes(page)
+        assert float(speed[0]) == 0
+        assert alpha == ("0.0", "1.0")
+        assert float(tau[0]) == 1
+        assert float(tau[1]) >= 1.5
+        caption = page.locator(".chart figcaption").last.inner_text()
+        assert caption == "Tau, tokens a round, without suffix matches"
+    assert complaints == []
+
+
 def test_text_of_users_is_shown_and_never_run(
     app: FastAPI, service: Service, classroom: Classroom, visit: Callable[..., Page], complaints: list[str]
 ) -> None:
@@ -234,9 +259,16 @@ def test_training_and_what_is_not_stored_are_told(
         assert page.get_by_role("progressbar").get_attribute("value") == "5"
         page.get_by_text("Last run of this server: rejected. Why.").wait_for()
         page.get_by_text("This server stores nothing").first.wait_for()
+        page.locator("#list button").first.wait_for()
+        assert page.locator("#said-note").inner_text() == FROM_BEFORE
+        page.get_by_role("button", name="Older").click()
+        page.get_by_role("button", name="Newer").wait_for()
+        assert page.locator("#said-note").inner_text() == FROM_BEFORE
+        page.get_by_text("failures are there").wait_for()
         failed = {"status": "failed", "reason": "Why."}
         states.append(LearningState(Phase.OFF, why_off="it failed", last_outcome=failed))
         page.get_by_text("Learning is off: it failed.").wait_for()
+        assert page.get_by_text("failures are there").is_hidden()
         page.get_by_text("Last run of this server: failed. Why.").wait_for()
     assert complaints == []
 

@@ -3,7 +3,7 @@
 import { adapterName, element, number, svg, when } from "./dom.js";
 
 const HEIGHT = 190, LEFT = 46, RIGHT = 44, BOTTOM = 22, LANE = 17, LABEL_PIXELS = 58, MAX_LANES = 3;
-const NO_DOT = 0.02; // Of the values at either end: a few odd ones must not flatten a chart.
+const NO_DOT = 0.02; // Of the highest values: a few odd ones must not flatten a chart.
 
 /** A figure that `draw` fills; it is drawn again when its width changes. */
 export class Chart {
@@ -11,7 +11,7 @@ export class Chart {
     this.metric = metric;
     this.place = element("div", { class: "place", tabindex: "0", role: "group" });
     this.readout = element("p", { class: "axis readout", "aria-live": "polite" });
-    this.figure = element("figure", { class: "chart" }, element("figcaption", {}, metric.title), this.place, this.readout);
+    this.figure = element("figure", { class: "chart" }, element("figcaption", {}, metric.title, metric.note ? element("small", {}, `, ${metric.note}`) : null), this.place, this.readout);
     this.chosen = null;
     this.place.addEventListener("pointermove", (event) => this.choose(this.nearest(event)));
     this.place.addEventListener("pointerleave", () => this.choose(null));
@@ -31,7 +31,7 @@ export class Chart {
     const { points, rolling, marks } = this.history, { key, digits, title } = this.metric;
     const lines = rolling[key], known = points.map((p) => p[key]).filter((v) => v !== null);
     if (!known.length) return;
-    const [low, high] = range(known, lines);
+    const [low, high] = range(known, lines, this.metric);
     this.scale = { width, count: points.length, low, high };
     const lanes = lanesOf(marks, (x) => this.across(x), width);
     const top = (this.scale.top = 6 + LANE * lanes.rows), height = top + HEIGHT;
@@ -112,12 +112,11 @@ function text(x, y, content, anchor, kind = "tick", title = null) {
   return svg("text", { x, y, "text-anchor": anchor, class: kind }, content, title);
 }
 
-/** What the vertical axis holds: all lines, and all dots but the oddest. */
-function range(values, lines) {
+/** What the vertical axis holds: from the least that can be to the most; else to all lines, and all dots but the oddest. */
+function range(values, lines, { least, most }) {
   const ordered = [...values].sort((a, b) => a - b), cut = Math.floor(ordered.length * NO_DOT);
-  const ends = [ordered[cut], ordered[ordered.length - 1 - cut], ...lines.flat().map(([, y]) => y)];
-  const low = Math.min(...ends), high = Math.max(...ends), room = Math.max(0.06 * (high - low), 0.01);
-  return [low - room, high + room];
+  const highest = Math.max(ordered[ordered.length - 1 - cut], ...lines.flat().map(([, y]) => y));
+  return [least, most ?? least + Math.max(1, 1.06 * (highest - least))];
 }
 
 function ticks(low, high, count, whole = false) {

@@ -18,22 +18,24 @@ export class Conversations {
     this.fail = fail;
     this.pages = [null];
     this.opened = null;
+    this.notes = { none: "", some: "" };
     byId("older").addEventListener("click", () => this.turn(() => this.pages.push(this.last)));
     byId("newer").addEventListener("click", () => this.turn(() => this.pages.pop()));
   }
 
   async turn(change) {
     change();
-    await this.refresh("").catch(this.fail);
+    await this.refresh().catch(this.fail);
     byId("list").querySelector("button")?.focus();
   }
 
-  /** Load the page of the list that is shown. `nothing` says why there is none. */
-  async refresh(nothing) {
+  /** Load the page of the list that is shown. `notes` say why there is none, and what to know of those there are. */
+  async refresh(notes = this.notes) {
+    this.notes = notes;
     const before = this.pages.at(-1), answer = await get(`conversations${before === null ? "" : `?before=${before}`}`);
     const shown = answer.conversations;
     this.last = shown.at(-1)?.id;
-    say(byId("said-note"), shown.length || before !== null ? "" : nothing);
+    say(byId("said-note"), shown.length || before !== null ? notes.some : notes.none);
     const focused = document.activeElement?.dataset.id;
     byId("list").replaceChildren(...shown.map((one) => this.entry(one)));
     if (focused) byId("list").querySelector(`[data-id="${focused}"]`)?.focus();

@@ -10,12 +10,13 @@ import { showLearning, showState } from "./live.js";
 const PERIOD_MS = 1000, AFTER_FAILURE_MS = 4000;
 const SORTING_MS = 10_000; // What training waits for takes the server a look at all requests.
 const NO_STORE = "This server stores nothing (storage.collect is false): figures are kept in memory until it stops, texts are not kept at all.";
+const FROM_BEFORE = "These are from before: this server stores no new ones.";
 const FIRST = `No requests yet: point an OpenAI client at ${location.origin}/v1, and its answers appear here.`;
 const NO_ADAPTER = "No adapter yet: the draft is as it came. Training makes one when enough requests are stored; draftloop train does it now.";
 const METRICS = [
-  { key: "tokens_per_s", title: "Tokens a second", digits: 1, unit: " tok/s" },
-  { key: "alpha", title: "Alpha", digits: 3, unit: "" },
-  { key: "tau", title: "Tau, tokens a round", digits: 2, unit: " tokens a round" },
+  { key: "tokens_per_s", title: "Tokens a second", digits: 1, unit: " tok/s", least: 0 },
+  { key: "alpha", title: "Alpha", digits: 3, unit: "", least: 0, most: 1 },
+  { key: "tau", title: "Tau, tokens a round", note: "without suffix matches", digits: 2, unit: " tokens a round", least: 1 },
 ];
 
 const charts = METRICS.map((metric) => new Chart(metric));
@@ -74,7 +75,9 @@ async function showAnswers(state) {
   );
   byId("charts").hidden = empty;
   if (!empty) for (const chart of charts) chart.draw(history);
-  await conversations.refresh(state.storing ? "No answer to read yet." : `${NO_STORE} To read answers token by token, set storage.collect to true.`);
+  await conversations.refresh(state.storing
+    ? { none: "No answer to read yet.", some: "" }
+    : { none: `${NO_STORE} To read answers token by token, set storage.collect to true.`, some: FROM_BEFORE });
 }
 
 /** Say what went wrong; true where the page waits for a key. */

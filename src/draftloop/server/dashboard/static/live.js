@@ -47,6 +47,7 @@ function bars(rounds) {
 
 export function showLearning(learning) {
   const place = byId("progress");
+  byId("waits").hidden = !learning?.enabled; // Where learning is off nothing waits.
   if (learning === null) return place.replaceChildren(element("p", { class: "empty" }, "This server does not learn."));
   const parts = [], { phase, progress, last_outcome: outcome } = learning;
   const words = { waiting: "Waiting", preparing: "A run is being prepared", training: "Training", judging: "Judging the candidate on held-out requests" };
