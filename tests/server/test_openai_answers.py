@@ -335,6 +335,16 @@ def test_errors_have_one_shape(
     check()
 
 
+@pytest.mark.parametrize(
+    ("queued", "words"), [(0, "none may wait"), (1, "1 request waits already"), (2, "2 requests wait already")]
+)
+def test_a_full_queue_says_who_waits(address: str, worker: ScriptedWorker, queued: int, words: str) -> None:
+    worker.refusal = QueueFull(queued, 7)
+    message = ask(address, "/v1/chat/completions", chat_body()).error["message"]
+    assert words in message
+    assert "0 requests" not in message
+
+
 @pytest.mark.parametrize(("error", "status", "kind", "code"), FAILURES)
 def test_an_error_in_a_stream_ends_it(
     address: str, worker: ScriptedWorker, error: Exception, status: int, kind: str, code: str

@@ -24,13 +24,18 @@ class QueueFull(DraftloopError):
     """As many requests wait as may.
 
     Args:
-        queued: how many.
+        queued: how many; 0 where none may.
         retry_after_s: when a place will likely be free; at least 1.
     """
 
     def __init__(self, queued: int, retry_after_s: int) -> None:
+        if queued:
+            waiting = "1 request waits" if queued == 1 else f"{queued} requests wait"
+            what = f"{waiting} already (server.max_queued_requests)"
+        else:
+            what = "others are being answered, and none may wait (server.max_queued_requests = 0)"
         super().__init__(
-            f"{queued} requests wait already (server.max_queued_requests)",
+            what,
             remedy=f"Try again in {retry_after_s} s.",
         )
         self.retry_after_s = retry_after_s
