@@ -289,6 +289,9 @@ BROKEN = {"id": "c", "type": "function", "function": {"name": "f", "arguments": 
         ({"presence_penalty": 2.1}, "presence_penalty", "invalid_value"),
         ({"min_tokens": 2, "response_format": {"type": "json_object"}}, "min_tokens", "invalid_value"),
         ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        ({"tool_choice": "auto"}, "tool_choice", "invalid_value"),
+        ({"tool_choice": "none", "tools": []}, "tool_choice", "invalid_value"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls", "invalid_value"),
         ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format", "invalid_value"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
         (

@@ -297,10 +297,11 @@ class ChatFields(AnswerFields):
         if self.top_logprobs is not None and not self.logprobs:
             raise Contradiction("top_logprobs", "add logprobs: true")
         names = [tool.function.name for tool in self.tools or ()]
+        for name in ("tool_choice", "parallel_tool_calls"):
+            if getattr(self, name) is not None and not names:
+                raise Contradiction(name, "there are no tools; add tools, or leave it out")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
             raise Contradiction("tool_choice", f"tools has no function {self.tool_choice.function.name}")
-        if self.tool_choice == "required" and not names:
-            raise Contradiction("tool_choice", "there are no tools to choose from")
         if len(set(names)) < len(names):
             raise Contradiction("tools", "two functions have the same name")
         if self.offered_tools and self.logprobs:
