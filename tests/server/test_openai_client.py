@@ -357,8 +357,11 @@ def test_options_of_a_stream_need_one(address: str) -> None:
 
 
 def test_other_addresses_and_methods_are_refused_in_the_same_shape(address: str) -> None:
-    missing = ask(address, "/v1/embeddings", {"input": "x"})
-    assert (missing.status, missing.error["code"]) == (404, "unknown_url")
+    for path in ("/v1/embeddings", "/v1/chat/completions/", "/chat/completions"):
+        missing = ask(address, path, {"input": "x"})
+        assert (missing.status, missing.error["code"]) == (404, "unknown_url")
+        for known in ("/v1/chat/completions,", "/v1/completions", "/v1/models"):
+            assert known in missing.error["message"]
     wrong = ask(address, "/v1/chat/completions")
     assert (wrong.status, wrong.error["code"], wrong.headers["allow"]) == (405, "method_not_allowed", "POST")
 

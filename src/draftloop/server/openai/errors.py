@@ -163,11 +163,11 @@ def install_handlers(app: FastAPI) -> None:
     async def of_ours(_: Request, error: Exception) -> Response:
         return response_to(error)
 
-    async def of_http(_: Request, error: Exception) -> Response:
+    async def of_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return error_response(
             error.status_code,
-            _sentence(error),
+            _sentence(error, request.app.openapi()["paths"]),
             code=_HTTP_CODES.get(error.status_code),
             headers=error.headers,
         )
@@ -185,9 +185,10 @@ def install_handlers(app: FastAPI) -> None:
 _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed"}
 
 
-def _sentence(error: HTTPException) -> str:
+def _sentence(error: HTTPException, paths: Iterable[str]) -> str:
     if error.status_code == HTTPStatus.NOT_FOUND:
-        return "There is nothing at this address. The API's addresses begin with /v1."
+        known = ", ".join(path for path in paths if path.startswith("/v1/"))
+        return f"There is nothing at this address. The API's addresses are {known}."
     return f"{error.detail}."
 
 

@@ -20,6 +20,8 @@ def install(app: FastAPI) -> None:
     """Add the API. Errors of every other route of the application have its shape too."""
     for router in (chat.router, completions.router, models_router()):
         app.include_router(router)
+    # A client that sends a slash too many is told so; an empty redirect would say nothing.
+    app.router.redirect_slashes = False
     install_handlers(app)
     _describe_truly(app)
 
