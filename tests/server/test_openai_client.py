@@ -345,9 +345,25 @@ def test_rubbish_is_refused(address: str, body: bytes) -> None:
 
 
 def test_what_is_no_object_is_called_so(address: str) -> None:
-    for body in (b"", b"{", b"[]", b"null", b'"x"'):
+    for body, words in (
+        (b"", "The body is empty, or null."),
+        (b"null", "The body is empty, or null."),
+        (b"[]", "The body is not a JSON object."),
+        (b'"x"', "The body is not a JSON object."),
+        (b'{\n "model": "draftloop",\n "n": }', "The body is no JSON, from line 3, column 7 on: "),
+    ):
         error = ask(address, "/v1/chat/completions", body).error
-        assert (error["message"], error["code"]) == ("The body is not a JSON object.", "invalid_json")
+        assert error["message"].startswith(words)
+        assert error["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", ""])
+def test_json_that_is_not_declared_as_such_is_told_how(address: str, kind: str) -> None:
+    body = json.dumps(chat_body()).encode()
+    reply = ask(address, "/v1/chat/completions", body, **{"Content-Type": kind})
+    assert (reply.status, reply.error["code"]) == (400, "invalid_content_type")
+    assert "Send the header Content-Type: application/json." in reply.error["message"]
+    assert kind in reply.error["message"]
 
 
 def test_options_of_a_stream_need_one(address: str) -> None:

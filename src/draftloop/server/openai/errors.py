@@ -172,8 +172,17 @@ def install_handlers(app: FastAPI) -> None:
             headers=error.headers,
         )
 
-    async def of_validation(_: Request, error: Exception) -> Response:
+    async def of_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
+        if isinstance(error.body, bytes):
+            # Any page may have a browser send a body of another type, unasked: such are not read.
+            given = request.headers.get("content-type")
+            sent = f"is declared as {given}" if given else "has no content type"
+            return error_response(
+                HTTPStatus.BAD_REQUEST,
+                f"The body {sent}. Send the header Content-Type: application/json.",
+                code="invalid_content_type",
+            )
         return response_to(refusal_of(error.errors(), error.body))
 
     for kind in (ApiError, DraftloopError, Exception):
@@ -200,7 +209,7 @@ def refusal_of(errors: Sequence[Mapping[str, Any]], body: object) -> ApiError:
         body: what was sent.
     """
     if not isinstance(body, dict) and any(one["loc"][0] == "body" for one in errors):
-        return ApiError("The body is not a JSON object.", code="invalid_json")
+        return ApiError(_no_object(errors[0], body), code="invalid_json")
     param, first = max(((field_of(one, body), one) for one in errors), key=_told_by)
     kind, context = first["type"], first.get("ctx", {})
     if kind == CONTRADICTION:
@@ -215,6 +224,17 @@ def refusal_of(errors: Sequence[Mapping[str, Any]], body: object) -> ApiError:
     reason = context.get("error") or first["msg"]
     named = f"{param}: {reason}." if param else f"{reason}."
     return ApiError(named, param=param or None, code="invalid_value")
+
+
+def _no_object(error: Mapping[str, Any], body: object) -> str:
+    """What is wrong with a body that is no object."""
+    if error["type"] == "json_invalid" and isinstance(body, str):
+        before = body[: error["loc"][1]]
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        return f"The body is no JSON, from line {line}, column {column} on: {error['ctx']['error']}."
+    if error["type"] == "missing" or body is None:
+        return "The body is empty, or null. Send a JSON object."
+    return "The body is not a JSON object."
 
 
 def _told_by(located: tuple[str, Mapping[str, Any]]) -> tuple[bool, int]:
