@@ -336,7 +336,7 @@ def test_errors_have_one_shape(
 
 
 @pytest.mark.parametrize(
-    ("queued", "words"), [(0, "none may wait"), (1, "1 request waits already"), (2, "2 requests wait already")]
+    ("queued", "words"), [(0, "none may wait"), (1, "1 request waits"), (2, "2 requests wait")]
 )
 def test_a_full_queue_says_who_waits(address: str, worker: ScriptedWorker, queued: int, words: str) -> None:
     worker.refusal = QueueFull(queued, 7)

@@ -312,6 +312,43 @@ def test_what_cannot_act_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (user("Hi", name="Ann"), "messages[0].name: is not supported here; leave it out."),
+        ({"metadata": {"a": 1}}, "metadata: is not supported here beyond its default, {}; leave it out."),
+        ({"n": 2}, "n: is not supported here beyond its default, 1; leave it out."),
+        ({"modalities": ["audio"]}, 'modalities[0]: is not supported here beyond its default, ["text"]'),
+        ({"messages": []}, "messages: must not be empty."),
+        ({"messages": ["Hi"]}, "messages[0]: must be an object."),
+        (user(5), "messages[0].content: must be a string or a list."),
+        (user(IMAGE), "messages[0].content[1].type: must be 'text'."),
+        ({"messages": [{"role": "assistant"}]}, "messages[0]: must be an assistant's message with content"),
+        (
+            {"messages": [{"role": "boss", "content": "?"}]},
+            "messages[0].role: must be one of 'system', 'developer', 'user', 'assistant', 'tool'.",
+        ),
+        ({"messages": [{"content": "?"}]}, "messages[0].role: must be given."),
+        ({"logit_bias": {"hello": 1}}, "logit_bias.hello: keys must be token ids, written in digits."),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            "tools[0].function.name: must be 1 to 64 letters, digits, underscores or hyphens.",
+        ),
+        ({"temperature": "1"}, "temperature: must be a number."),
+        ({"temperature": 1e-9}, "temperature: must be 0 (greedy), or a number of at least 0.001."),
+        ({"temperature": 3}, "temperature: must be at most 2."),
+        ({"top_p": 0}, "top_p: must be more than 0."),
+        ({"stop": list("abcde")}, "stop: may list 4 at most."),
+        ({"tool_choice": "always"}, "tool_choice: must be 'none', 'auto' or 'required'."),
+    ],
+)
+def test_a_refusal_says_in_plain_words_what_would_be_right(
+    address: str, fields: dict[str, Any], message: str
+) -> None:
+    told = ask(address, "/v1/chat/completions", {**chat_body(), **fields}).error["message"]
+    assert told.startswith(message)
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"echo": True}, "echo"),

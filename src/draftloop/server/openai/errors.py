@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from draftloop.errors import ContextFull, DraftloopError, GrammarFailed, InputError
+from draftloop.server.openai.wording import reason_of
 from draftloop.server.tickets import Cancelled, QueueFull, ShuttingDown, TimedOut
 
 if TYPE_CHECKING:
@@ -210,7 +211,8 @@ def refusal_of(errors: Sequence[Mapping[str, Any]], body: object) -> ApiError:
     """
     if not isinstance(body, dict) and any(one["loc"][0] == "body" for one in errors):
         return ApiError(_no_object(errors[0], body), code="invalid_json")
-    param, first = max(((field_of(one, body), one) for one in errors), key=_told_by)
+    located = [(field_of(one, body), one) for one in errors]
+    param, first = max(located, key=_told_by)
     kind, context = first["type"], first.get("ctx", {})
     if kind == CONTRADICTION:
         param, reason = context["param"], context["reason"]
@@ -221,7 +223,7 @@ def refusal_of(errors: Sequence[Mapping[str, Any]], body: object) -> ApiError:
         )
     if kind == "missing":
         return ApiError(f"{param} is missing.", param=param, code="missing_required_parameter")
-    reason = context.get("error") or first["msg"]
+    reason = reason_of(param, [first, *(one for where, one in located if where == param)])
     named = f"{param}: {reason}." if param else f"{reason}."
     return ApiError(named, param=param or None, code="invalid_value")
 

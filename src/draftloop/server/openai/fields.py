@@ -16,6 +16,7 @@ from draftloop.config.schema import LOWEST_TEMPERATURE, MAX_COUNT, MAX_DRAFT_TOK
 from draftloop.models.grammar import OPTIONS_KEYWORD
 from draftloop.models.messages import is_plain_json
 from draftloop.server.openai.errors import CONTRADICTION
+from draftloop.server.openai.wording import NAME_PATTERN, TOKEN_PATTERN
 
 MAX_STOPS = 4
 MAX_CHAT_LOGPROBS, MAX_COMPLETION_LOGPROBS = 20, 5
@@ -62,8 +63,8 @@ def _text(value: str) -> str:
 Text = Annotated[str, AfterValidator(_text)]
 StopText = Annotated[str, Field(min_length=1), AfterValidator(_text)]
 JsonObject = Annotated[dict[str, Any], AfterValidator(_plain_json)]
-TokenKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
-Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+TokenKey = Annotated[str, Field(pattern=TOKEN_PATTERN)]
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
@@ -192,7 +193,7 @@ class AssistantMessage(Fields):
     @model_validator(mode="after")
     def _says_something(self) -> Self:
         if self.content is None and not self.tool_calls:
-            raise ValueError("an assistant's message has content, or tool_calls")
+            raise ValueError("an assistant's message with content, or with tool_calls")
         return self
 
 
