@@ -339,6 +339,22 @@ def test_what_cannot_act_is_refused_by_name(
         ({"top_p": 0}, "top_p: must be more than 0."),
         ({"stop": list("abcde")}, "stop: may list 4 at most."),
         ({"tool_choice": "always"}, "tool_choice: must be 'none', 'auto' or 'required'."),
+        (
+            {"temprature": 1},
+            "temprature is not a field that this server knows. The nearest known field is temperature.",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "shema": {}}}},
+            "response_format.json_schema.shema is not a field that this server knows. "
+            "The nearest known field is schema.",
+        ),
+        (user("Hi", contnet="Ho"), "messages[0].contnet is not a field that this server knows. The nearest "),
+        ({"zzz": 1}, "zzz is not a field that this server knows."),
+        ({"reasoning_effort": "high"}, "reasoning_effort is not supported here; leave it out."),
+        ({"prediction": {}}, "prediction is not supported here; leave it out."),
+        ({"web_search_options": {}}, "web_search_options is not supported here; leave it out."),
+        ({"functions": [{"name": "f"}]}, "functions: is not supported here"),
+        ({"best_of": 1}, "best_of is not supported here; leave it out."),
     ],
 )
 def test_a_refusal_says_in_plain_words_what_would_be_right(

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from draftloop.errors import ContextFull, DraftloopError, GrammarFailed, InputError
-from draftloop.server.openai.wording import reason_of
+from draftloop.server.openai.wording import reason_of, unknown
 from draftloop.server.tickets import Cancelled, QueueFull, ShuttingDown, TimedOut
 
 if TYPE_CHECKING:
@@ -184,7 +184,9 @@ def install_handlers(app: FastAPI) -> None:
                 f"The body {sent}. Send the header Content-Type: application/json.",
                 code="invalid_content_type",
             )
-        return response_to(refusal_of(error.errors(), error.body))
+        taken = getattr(request.scope["route"], "body_field", None)
+        model = None if taken is None else taken.field_info.annotation
+        return response_to(refusal_of(error.errors(), error.body, model))
 
     for kind in (ApiError, DraftloopError, Exception):
         app.add_exception_handler(kind, of_ours)
@@ -202,12 +204,13 @@ def _sentence(error: HTTPException, paths: Iterable[str]) -> str:
     return f"{error.detail}."
 
 
-def refusal_of(errors: Sequence[Mapping[str, Any]], body: object) -> ApiError:
+def refusal_of(errors: Sequence[Mapping[str, Any]], body: object, model: object) -> ApiError:
     """What validation has to say, about the field that it knows most about.
 
     Args:
         errors: pydantic's.
         body: what was sent.
+        model: pydantic's of what may be sent; None where nothing may.
     """
     if not isinstance(body, dict) and any(one["loc"][0] == "body" for one in errors):
         return ApiError(_no_object(errors[0], body), code="invalid_json")
@@ -218,9 +221,7 @@ def refusal_of(errors: Sequence[Mapping[str, Any]], body: object) -> ApiError:
         param, reason = context["param"], context["reason"]
         return ApiError(f"{param}: {reason}.", param=param, code="invalid_value")
     if kind == "extra_forbidden":
-        return ApiError(
-            f"{param} is not a field that this server knows.", param=param, code="unknown_parameter"
-        )
+        return ApiError(unknown(param, model), param=param, code="unknown_parameter")
     if kind == "missing":
         return ApiError(f"{param} is missing.", param=param, code="missing_required_parameter")
     reason = reason_of(param, [first, *(one for where, one in located if where == param)])
@@ -239,10 +240,17 @@ def _no_object(error: Mapping[str, Any], body: object) -> str:
     return "The body is not a JSON object."
 
 
-def _told_by(located: tuple[str, Mapping[str, Any]]) -> tuple[bool, int]:
-    """How much an error tells: of the kinds that a field may have, the one that was meant got furthest."""
+def _told_by(located: tuple[str, Mapping[str, Any]]) -> tuple[bool, int, bool]:
+    """How much an error tells: of the kinds that a field may have, the one that was meant got furthest.
+
+    What is missing may be there under another name, and that tells more.
+    """
     param, error = located
-    return not str(error["type"]).endswith("_type"), param.count(".") + param.count("[")
+    return (
+        not str(error["type"]).endswith("_type"),
+        param.count(".") + param.count("["),
+        error["type"] != "missing",
+    )
 
 
 def field_of(error: Mapping[str, Any], body: object) -> str:

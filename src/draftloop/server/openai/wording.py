@@ -6,10 +6,13 @@ pydantic's words. Values are not repeated: they may be a prompt's text. Must not
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import difflib
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import BaseModel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 TOKEN_PATTERN = "^[0-9]{1,9}$"  # noqa: S105  # a token of a text
 NAME_PATTERN = "^[a-zA-Z0-9_-]{1,64}$"
@@ -29,6 +32,11 @@ DEFAULTS = {
     "suffix": '""',
 }
 """Fields of the OpenAI API of which this server takes the default alone, and that."""
+LACKING = DEFAULTS.keys() | {
+    *("audio", "moderation", "prediction", "prompt_cache_key", "prompt_cache_options"),
+    *("prompt_cache_retention", "reasoning_effort", "safety_identifier", "verbosity", "web_search_options"),
+}
+"""Fields of the OpenAI API that this server lacks, at some address or everywhere."""
 
 
 def _plain(number: float) -> str:
@@ -86,3 +94,31 @@ def reason_of(param: str, errors: Sequence[Mapping[str, Any]]) -> str:
     if kind == "string_pattern_mismatch" and context["pattern"] in _PATTERNS:
         return _PATTERNS[context["pattern"]]
     return _WORDS[kind](context) if kind in _WORDS else str(first["msg"])
+
+
+def unknown(param: str, model: object) -> str:
+    """A sentence about a field that is not known, with the one that may have been meant.
+
+    Args:
+        param: the field, as in `messages[0].content`.
+        model: pydantic's of the body.
+    """
+    *path, name = [step.partition("[")[0] for step in param.split(".")]
+    if name in LACKING:
+        return f"{param} is not supported here; leave it out."
+    models = list(_models(model))
+    for step in path:
+        fields = [one.model_fields[step] for one in models if step in one.model_fields]
+        models = [inner for field in fields for inner in _models(field.annotation)]
+    known = sorted({field.alias or key for one in models for key, field in one.model_fields.items()})
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    hint = f" The nearest known field is {near[0]}." if near else ""
+    return f"{param} is not a field that this server knows.{hint}"
+
+
+def _models(annotation: object) -> Iterator[type[BaseModel]]:
+    """Models that a field may hold, in lists or not."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)
