@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from draftloop.answers import Completion, PromptProgress, RoundDone, TextPiece
+from draftloop.server.figures import Figures
 from draftloop.server.tickets import Cancelled
 from draftloop.speculation.metrics import Tally
 from draftloop.speculation.round import Round
@@ -57,6 +58,7 @@ class ScriptedWorker:
 
     def __init__(self) -> None:
         self.script: Sequence[Event | Exception] = saying("Hello")
+        self.figures = Figures()
         self.refusal: Exception | None = None
         self.jobs: list[Job] = []
         self.tickets: list[ScriptedTicket] = []

@@ -20,6 +20,7 @@ from draftloop.models.grammar import Grammars
 from draftloop.models.messages import Message, ToolCall
 from draftloop.models.tokenizer import Tokenizer
 from draftloop.models.tool_calls import call_format_of
+from draftloop.server.figures import Outcome
 from draftloop.server.openai.routes import install
 from draftloop.server.service import Service
 from draftloop.server.tickets import QueueFull, ShuttingDown, TimedOut
@@ -333,6 +334,31 @@ def test_errors_have_one_shape(
     check()
     worker.refusal, worker.script = None, [error]
     check()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_what_is_refused_before_it_is_answered_is_counted(
+    address: str, worker: ScriptedWorker, path: str
+) -> None:
+    body = {**chat_body(), "prompt": "x"}
+    body.pop("prompt" if "chat" in path else "messages")
+
+    def refused() -> int:
+        return worker.figures.counts().requests[Outcome.REFUSED]
+
+    assert ask(address, path, body).status == 200
+    assert refused() == 0
+    wrong = (
+        b"{",
+        b"\xff",
+        b"",
+        {**body, "n": 2},
+        {**body, "model": "nobody"},
+        {**body, "num_draft_tokens": 9},
+    )
+    for count, sent in enumerate(wrong, start=1):
+        assert ask(address, path, sent).status in (400, 404)
+        assert refused() == count
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
     TIMED_OUT = "timed_out"
     REFUSED = "refused"
-    """The engine cannot answer it as it is: a prompt too long."""
+    """It cannot be answered as it is: a field is wrong or cannot act, or the prompt is too long."""
     FAILED = "failed"
     QUEUE_FULL = "queue_full"
     SHUTTING_DOWN = "shutting_down"

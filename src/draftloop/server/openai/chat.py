@@ -20,6 +20,7 @@ from draftloop.models.messages import Message
 from draftloop.server.openai.answering import in_steps, whole
 from draftloop.server.openai.asking import Subject, check_model, client_of, request_of
 from draftloop.server.openai.chat_reply import ChatReply
+from draftloop.server.openai.counting import CountedRoute
 from draftloop.server.openai.errors import ApiError, documented
 from draftloop.server.openai.events import STREAMED, EventStream
 from draftloop.server.openai.fields import ChatFields, JsonFormat, SchemaFormat
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from draftloop.answers import Request as EngineRequest
     from draftloop.models.grammar import Grammar
 
-router = APIRouter()
+router = APIRouter(route_class=CountedRoute)
 
 
 @router.post(

@@ -18,6 +18,7 @@ from draftloop.answers import Completion
 from draftloop.errors import ContextFull
 from draftloop.server.openai.answering import in_steps, usage_of, whole
 from draftloop.server.openai.asking import Subject, check_model, check_tokens, client_of, request_of
+from draftloop.server.openai.counting import CountedRoute
 from draftloop.server.openai.errors import ApiError, documented
 from draftloop.server.openai.events import STREAMED, EventStream
 from draftloop.server.openai.fields import CompletionFields  # noqa: TC001  # FastAPI reads annotations
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from draftloop.server.openai.replies import CompletionLogprobs, Finish
     from draftloop.types import Trace
 
-router = APIRouter()
+router = APIRouter(route_class=CountedRoute)
 
 
 @router.post(
