@@ -64,3 +64,11 @@ def test_the_document_has_no_answer_that_is_never_given(address: str) -> None:
     assert operations
     assert not any("422" in operation["responses"] for operation in operations)
     assert ask(address, "/docs").status == 404
+
+
+def test_the_document_says_how_the_key_is_sent_where_there_is_one(address: str) -> None:
+    document = ask(address, "/openapi.json").json
+    (name,) = document["components"]["securitySchemes"]
+    scheme = document["components"]["securitySchemes"][name]
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    assert document["security"] == [{name: []}, {}]

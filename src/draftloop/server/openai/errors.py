@@ -184,7 +184,7 @@ def install_handlers(app: FastAPI) -> None:
                 f"The body {sent}. Send the header Content-Type: application/json.",
                 code="invalid_content_type",
             )
-        taken = getattr(request.scope["route"], "body_field", None)
+        taken = getattr(request.scope.get("route"), "body_field", None)
         model = None if taken is None else taken.field_info.annotation
         return response_to(refusal_of(error.errors(), error.body, model))
 

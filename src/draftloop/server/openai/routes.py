@@ -1,7 +1,7 @@
 """Puts the OpenAI API into an application.
 
 Contract: routes, errors in their shape, and an OpenAPI document that says what is answered: bad fields get
-400, never FastAPI's 422. Must not know how an answer is made.
+400, never FastAPI's 422, and how the key is sent. Must not know how an answer is made.
 """
 
 from __future__ import annotations
@@ -37,6 +37,13 @@ def _describe_truly(app: FastAPI) -> None:
                 operation.get("responses", {}).pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             document.get("components", {}).get("schemas", {}).pop(name, None)
+        schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
+        schemes["api_key"] = {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "server.api_key; without one in the settings any key will do, or none.",
+        }
+        document["security"] = [{"api_key": []}, {}]
         return document
 
     app.openapi = described  # type: ignore[method-assign]
