@@ -127,6 +127,11 @@ def test_keys_that_resemble_none_list_what_there_is(tmp_path: Path, content: str
         ("chat.system_message=\udcff", "It must be text without lone surrogates."),
         ("generation.min_tokens=513", "It must be at most 512, which generation.max_tokens = 512"),
         ("models.draft.max_kv_cache_tokens=5", "It must be at least 6: a round of"),
+        ("server.cors_origins=[nonsense]", "as browsers send them: scheme://host"),
+        ("server.cors_origins=[http://localhost:3000/]", "as browsers send them: scheme://host"),
+        ("server.cors_origins=[http://Localhost]", "as browsers send them: scheme://host"),
+        ("server.cors_origins=[http://localhost:port]", "as browsers send them: scheme://host"),
+        ("server.cors_origins=[//localhost]", "as browsers send them: scheme://host"),
         ("generation.max_tokns=1", "The nearest known key is generation.max_tokens."),
         ("generation.max_tokens.x=1", "The nearest known key is generation.max_tokens."),
         ("generation=4", "generation (--set) is a section, not the value 4"),
@@ -187,3 +192,11 @@ def test_no_override_makes_a_traceback(key: str, value: str) -> None:
         load_config([], [f"{key}={value}"])
     except ConfigError as error:
         assert "\n" not in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    "origins",
+    ['["*"]', "[http://localhost:3000, https://a-b.example]", '["http://[::1]:80", chrome-extension://abc]'],
+)
+def test_origins_that_browsers_send_are_taken(origins: str) -> None:
+    assert load_config([], [f"server.cors_origins={origins}"]).config.server.cors_origins

@@ -6,6 +6,7 @@ the program (`dev/check_settings.py` proves it). Must not know where a value cam
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -31,6 +32,9 @@ MAX_DRAFT_TOKENS = 64
 MIN_SEQUENCE_TOKENS = 16
 """A shorter training example has no room for a chat template's frame and an answer."""
 
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+"""What a browser sends in `Origin`, which is compared letter by letter (RFC 6454, section 6.2)."""
+
 
 def _temperature(value: float) -> float:
     if 0 < value < LOWEST_TEMPERATURE:
@@ -52,6 +56,15 @@ def _name(value: str) -> str:
     return value
 
 
+def _origin(value: str) -> str:
+    if value != "*" and not ORIGIN.fullmatch(value):
+        raise ValueError(
+            "a list of origins as browsers send them: scheme://host or scheme://host:port, in lower case, "
+            'without a path or a slash at the end, as in [http://localhost:3000]; or ["*"] for all'
+        )
+    return value
+
+
 def _no_repeats(values: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(values)) < len(values):
         raise ValueError("a list that names each module once")
@@ -63,6 +76,7 @@ CountOrNone = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Name = Annotated[str, AfterValidator(_name)]
+Origin = Annotated[str, AfterValidator(_origin)]
 Module = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -197,7 +211,7 @@ class ServerSettings(Settings):
     host: Name = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     api_key: Name | None = None
-    cors_origins: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+    cors_origins: Annotated[tuple[Origin, ...], Field(strict=False)] = ()
     max_queued_requests: CountOrNone = 64
     max_body_megabytes: Count = 8
     request_timeout_s: Seconds = 600.0
