@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 PROGRAM = "draftloop"
 INTERRUPTED, READER_GONE = 130, 141
 """What a shell reports of a program that SIGINT or SIGPIPE ended."""
+NUMBERS = {"int_parsing": "a whole number", "float_parsing": "a number"}
+"""What an option wanted, by its validator's error."""
 
 
 def main() -> None:
@@ -135,7 +137,7 @@ def _global_options(
 
 def _usage(error: typer.TyperException) -> str:
     """A usage error in the form of every other error, with the remedy that fits."""
-    message = error.format_message().rstrip(".")
+    message = _plain(error.format_message(), error.__cause__).rstrip(".")
     context: typer.Context | None = getattr(error, "ctx", None)
     command = PROGRAM if context is None else context.command_path
     option = message.partition("No such option: ")[2].partition(" ")[0]
@@ -143,3 +145,16 @@ def _usage(error: typer.TyperException) -> str:
         remedy = "Global options stand before the command: draftloop --config FILE generate"
         return f"No such option here: {option}. {remedy}."
     return f"{message}. See {command} --help."
+
+
+def _plain(message: str, cause: BaseException | None) -> str:
+    """A usage error's message, in our words where a value is no number."""
+    if cause is None:
+        return message
+    from pydantic import ValidationError
+
+    if isinstance(cause, ValidationError):
+        details = cause.errors()[0]
+        if noun := NUMBERS.get(details["type"]):
+            return message.replace(details["msg"], f"{details['input']!r} is not {noun}")
+    return message
