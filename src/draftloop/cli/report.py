@@ -105,7 +105,8 @@ def _page(config: Config, comparison: Comparison | None) -> tuple[str, Mapping[P
     if not (directory / DATABASE_NAME).exists():
         raise InputError(
             f"nothing is stored in {directory} yet",
-            remedy="Answer something first (draftloop generate, chat, collect), or set storage.directory.",
+            remedy="Answer something first (draftloop generate, chat, collect or serve), "
+            "or set storage.directory.",
         )
     with open_store(directory, max_megabytes=config.storage.max_megabytes, read_only=True) as store:
         stored = read_stored(store, pair)

@@ -43,7 +43,8 @@ def stats(context: typer.Context, as_json: AsJson = False) -> None:
         body = {} if found is None else found.to_json()
         write_json({"directory": str(directory), "exists": found is not None, **body})
     elif found is None:
-        write(f"Nothing is stored in {directory} yet. draftloop generate, chat and collect store requests.\n")
+        storing = "draftloop generate, chat, collect and serve store requests"
+        write(f"Nothing is stored in {directory} yet. {storing}.\n")
     else:
         _show(found, directory)
     if found is not None and not found.figures.requests:
