@@ -104,7 +104,11 @@ def test_after_a_run_that_failed_it_is_off_and_says_when_it_tries_again(classroo
     [
         ({}, {"adaptation__auto_train": "false"}, "adaptation.auto_train is false"),
         ({}, {"storage__collect": "false"}, "nothing is stored (storage.collect)"),
-        ({"with_draft": False}, {}, "no draft answers"),
+        (
+            {"with_draft": False},
+            {},
+            "the target answers alone (--no-speculation), and it is the draft that learns",
+        ),
     ],
 )
 def test_it_can_be_switched_off(classroom, store, options, changes, why):

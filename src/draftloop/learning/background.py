@@ -116,7 +116,7 @@ class Training:
 def why_not(config: Config, *, with_draft: bool) -> str | None:
     """Why a pair that answers does not learn by itself, by its settings; None where it does."""
     if not with_draft:
-        return "no draft answers"
+        return "the target answers alone (--no-speculation), and it is the draft that learns"
     if config.adaptation.auto_train is False:
         return "adaptation.auto_train is false"
     if not config.storage.collect:
