@@ -85,7 +85,7 @@ def _serve(context: typer.Context, asked: AnswerOptions, store: Store | None, bo
     url = url_of(config.server.host, bound)
 
     def tell() -> None:
-        key = "API_KEY" if config.server.api_key else "none"
+        key = "<your key>" if config.server.api_key else "none"
         say(f"serving {service.model} at {url} (Ctrl-C stops)")
         say(f"OpenAI clients: OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key}")
 
