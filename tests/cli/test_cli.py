@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import subprocess
 import sys
@@ -180,3 +182,11 @@ def test_prompts_never_come_from_a_terminal_that_nobody_looks_at(monkeypatch):
     monkeypatch.setattr(prompts.sys, "stdin", Terminal())
     with pytest.raises(prompts.PromptError, match="there is no prompt"):
         prompts.read_prompt(None)
+
+
+def test_the_log_goes_to_whatever_display_holds_stderr_by_now(draftloop, monkeypatch):
+    """A display takes stderr over while it lives, and puts lines above itself."""
+    draftloop("config", "show").assert_done()
+    monkeypatch.setattr(sys, "stderr", display := io.StringIO())
+    logging.getLogger("draftloop.anything").info("said")
+    assert display.getvalue() == "note: said\n"

@@ -25,8 +25,10 @@ WAIT_S = 60
 
 
 @contextmanager
-def running(options: list[str], folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server in a process of its own, and its address."""
+def running(
+    options: list[str], folder: Path, *flags: str
+) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """A server in a process of its own, and what it said until it served."""
     folder.mkdir(exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DRAFTLOOP_CACHE": str(folder / "cache")}
     process = subprocess.Popen(
@@ -37,7 +39,7 @@ def running(options: list[str], folder: Path, *flags: str) -> Iterator[tuple[sub
         text=True,
     )
     try:
-        yield process, address_of(process)
+        yield process, said_by(process)
     finally:
         process.kill()
         process.wait(WAIT_S)
@@ -45,14 +47,18 @@ def running(options: list[str], folder: Path, *flags: str) -> Iterator[tuple[sub
         process.stderr.close()
 
 
-def address_of(process: subprocess.Popen[str]) -> str:
+def said_by(process: subprocess.Popen[str]) -> list[str]:
     said = []
     assert process.stderr is not None
     for line in process.stderr:
-        said.append(line)
+        said.append(line.rstrip())
         if line.startswith("serving "):
-            return line.partition(" at ")[2].split()[0]
+            return said
     raise AssertionError(f"it ended before it served: {said}")
+
+
+def address_in(said: list[str]) -> str:
+    return said[-1].partition(" at ")[2].split()[0]
 
 
 def test_beyond_loopback_a_key_is_demanded(
@@ -95,9 +101,30 @@ def test_without_its_packages_it_says_what_to_install(
 def test_it_serves_and_stops_when_told(
     toys_on_numpy: list[str], tmp_path: Path, sign: signal.Signals
 ) -> None:
-    with running(toys_on_numpy, tmp_path / "here", "--no-collect", "--no-learn") as (process, address):
-        with urllib.request.urlopen(f"{address}/ready", timeout=WAIT_S) as response:
+    with running(toys_on_numpy, tmp_path / "here", "--no-collect", "--no-learn") as (process, said):
+        with urllib.request.urlopen(f"{address_in(said)}/ready", timeout=WAIT_S) as response:
             assert response.read() == b'{"status":"ready"}'
         process.send_signal(sign)
         assert process.wait(WAIT_S) == 0
     assert not (tmp_path / "here" / "data").exists()
+
+
+def test_without_a_terminal_each_stage_is_a_line_when_it_begins(
+    toys_on_numpy: list[str], tmp_path: Path
+) -> None:
+    adaptive = [*toys_on_numpy, *settings(**{"speculative.schedule": "adaptive"})]
+    with running(adaptive, tmp_path / "here", "--no-collect") as (_, said):
+        assert said[:-1] == [
+            "preparing the models",
+            "loading the models",
+            "note: measuring what rounds cost here (once for this pair)",
+        ]
+
+
+def test_a_key_is_not_shown_to_who_starts_it(toys_on_numpy: list[str], tmp_path: Path) -> None:
+    keyed = [*toys_on_numpy, *settings(**{"server.api_key": "let-me-in"})]
+    with running(keyed, tmp_path / "here", "--no-collect") as (process, said):
+        assert process.stderr is not None
+        said.append(process.stderr.readline())
+        assert said[-1].endswith("OPENAI_API_KEY=<your key>\n")
+        assert "let-me-in" not in "".join(said)

@@ -260,8 +260,9 @@ class TestTheFile:
         assert calibrated_costs(pair, THREE, FACTS, clock) == first
         assert pair.target.calls == calls
 
-    def test_what_a_busy_moment_disturbed_is_measured_again(self):
+    def test_what_a_busy_moment_disturbed_is_measured_again(self, caplog):
         """While others are busy each step takes another time; the start after that finds it quiet."""
+        caplog.set_level("INFO", "draftloop")
         pair, clock = fakes(busy_calls=range(2, 400, 3))
         pair.target.busy_calls = range(200)
         disturbed = calibrated_costs(pair, THREE, FACTS, clock)
@@ -272,6 +273,10 @@ class TestTheFile:
         calls = quiet.target.calls
         assert calibrated_costs(quiet, THREE, FACTS, clock).verify_at(1) == pytest.approx(0.06)
         assert quiet.target.calls == calls
+        assert caplog.messages == [
+            "measuring what rounds cost here (once for this pair)",
+            "measuring what rounds cost here (again: something else was busy before)",
+        ]
 
     def test_a_machine_that_is_never_quiet_measures_a_few_times_and_keeps_the_quickest(self):
         """Too slow for anything to be timed twice: whether it was quiet is not known."""

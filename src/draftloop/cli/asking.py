@@ -197,7 +197,12 @@ def prepare_models(asked: AnswerOptions) -> Prepared:
 
 
 def load_models(
-    config: Config, prepared: Prepared, store: Store | None = None, *, adapter: str = ACTIVE_ADAPTER
+    config: Config,
+    prepared: Prepared,
+    store: Store | None = None,
+    *,
+    adapter: str = ACTIVE_ADAPTER,
+    lines: bool = False,
 ) -> Engine:
     """Load what `prepare_models` found.
 
@@ -206,10 +211,11 @@ def load_models(
         prepared: the models.
         store: of `open_store_for`; without one nothing is stored and the draft is bare.
         adapter: the draft's.
+        lines: say it also where no terminal shows it.
     """
     from draftloop.loading import load_prepared
 
-    with waiting("loading the models"):
+    with waiting("loading the models", lines=lines):
         return load_prepared(config, prepared, store, adapter=adapter)
 
 

@@ -103,11 +103,22 @@ def print_table(table: Table) -> None:
 
 def configure_logging(level: str) -> None:
     """Show the program's own log from `level` on, on stderr; `DEBUG` includes tracebacks."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Sayer()
     handler.setFormatter(_LineFormatter())
     logger = logging.getLogger("draftloop")
     logger.handlers[:] = [handler]
     logger.setLevel(level)
+
+
+class _Sayer(logging.Handler):
+    """Says each record, so that a line stands above whatever display is on stderr at that time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write it."""
+        try:
+            say(self.format(record))
+        except Exception:
+            self.handleError(record)
 
 
 class _LineFormatter(logging.Formatter):

@@ -149,10 +149,15 @@ def counting(label: str, total: int, *, shown: bool, lines: bool = False) -> Ite
 
 
 @contextmanager
-def waiting(label: str) -> Iterator[None]:
-    """Show that something of unknown length is under way, where stderr is a terminal."""
+def waiting(label: str, *, lines: bool = False) -> Iterator[None]:
+    """Show that something of unknown length is under way, where stderr is a terminal.
+
+    Elsewhere in a line, where `lines` are wanted.
+    """
     console = err_console()
     if not console.is_terminal:
+        if lines:
+            say(label)
         yield
         return
     with console.status(label):

@@ -78,9 +78,10 @@ def _serve(context: typer.Context, asked: AnswerOptions, store: Store | None, bo
     from draftloop.server.serving import url_of
 
     config = asked.config
+    say("preparing the models")
     prepared = prepare_models(asked)
     learner = _learner(context, asked, store, prepared)
-    engine = load_models(config, prepared, store)
+    engine = load_models(config, prepared, store, lines=True)
     service = open_service(config, engine, store, learner=learner, with_draft=asked.with_draft)
     url = url_of(config.server.host, bound)
 

@@ -82,6 +82,8 @@ def calibrated_costs(
     if kept is not None and kept.settled:
         logger.debug("round costs as measured before: %s", kept.costs)
         return kept.costs
+    why = "once for this pair" if kept is None else "again: something else was busy before"
+    logger.info("measuring what rounds cost here (%s)", why)
     started_s = time.perf_counter()
     measured = measure_costs(pair, rounds, clock)
     seconds = time.perf_counter() - started_s
