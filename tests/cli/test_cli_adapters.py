@@ -127,7 +127,7 @@ def recipe_of(classroom):
         parent=None,
         timed_round=None,
         facts={"backend": "torch", "device": "cpu"},
-        by_width=RoundCosts(((1, 0.05), (4, 0.07)), 0.01, 0.002, 0.001, Sampling(0.7, 0.9)),
+        by_width=RoundCosts(((1, 0.05), (4, 0.07)), 0.01, 0.002, 0.001, sampling=Sampling(0.7, 0.9)),
     )
 
 

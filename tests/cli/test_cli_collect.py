@@ -161,7 +161,7 @@ def test_a_second_ctrl_c_does_not_wait(collect, prompts, monkeypatch):
 
     def impatient(batch):
         steps.append(batch)
-        if len(steps) == 4:
+        if len(steps) == 2:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
         return step(batch)
