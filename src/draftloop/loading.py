@@ -163,20 +163,9 @@ def load_prepared(
         ModelUnreadable: its files are damaged, or made for another draft.
     """
     prepared.plan.check_generation()
-    backend, started_s = prepared.backend, time.perf_counter()
-    target = backend.load(
-        prepared.target_folder, max_kv_cache_tokens=config.models.target.max_kv_cache_tokens
-    )
-    draft, vocabulary = None, None
-    if prepared.draft_folder is not None and prepared.draft is not None:
-        vocabulary = _vocabulary(config, backend, prepared.tokenizer, prepared.draft, store)
-        draft = backend.load(
-            prepared.draft_folder,
-            max_kv_cache_tokens=config.models.draft.max_kv_cache_tokens,
-            vocabulary=vocabulary,
-        )
-    logger.debug("models loaded in %.1f s", time.perf_counter() - started_s)
-    models, pair, directory = Pair(target, draft), pair_of(config), Path(config.storage.directory)
+    backend, pair, directory = prepared.backend, pair_of(config), Path(config.storage.directory)
+    models = _load_pair(config, prepared, store)
+    vocabulary = None if models.draft is None else models.draft.vocabulary
     recorder = None
     if store is not None and config.storage.collect:
         name = None if vocabulary is None else vocabulary.name
@@ -208,6 +197,23 @@ def load_prepared(
     if store is not None and recorder is not None and schedule is not None:
         schedule.recall(recent_rounds(store, pair, engine.adapter))
     return engine
+
+
+def _load_pair(config: Config, prepared: Prepared, store: Store | None) -> Pair:
+    """Load both models, the draft's head cut as the settings have it."""
+    backend, started_s = prepared.backend, time.perf_counter()
+    target = backend.load(
+        prepared.target_folder, max_kv_cache_tokens=config.models.target.max_kv_cache_tokens
+    )
+    draft = None
+    if prepared.draft_folder is not None and prepared.draft is not None:
+        draft = backend.load(
+            prepared.draft_folder,
+            max_kv_cache_tokens=config.models.draft.max_kv_cache_tokens,
+            vocabulary=_vocabulary(config, backend, prepared.tokenizer, prepared.draft, store),
+        )
+    logger.debug("models loaded in %.1f s", time.perf_counter() - started_s)
+    return Pair(target, draft)
 
 
 def _rehearse(config: Config, backend: Backend, models: Pair) -> None:

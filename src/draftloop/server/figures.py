@@ -74,6 +74,30 @@ FIRST_TOKEN_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
 BETWEEN_TOKENS_BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2)
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """How the worker fares, all at one moment.
+
+    Attributes:
+        ready: it takes requests.
+        draining: it takes none any more.
+        active, queued: requests being answered, and waiting.
+        adapter: what the draft wears; None is the bare draft.
+        kv_bytes: what the answers being made hold in both models' caches.
+        prefix_cache_bytes: what is kept of past texts.
+        counts: everything that is counted.
+    """
+
+    ready: bool
+    draining: bool
+    active: int
+    queued: int
+    adapter: str | None
+    kv_bytes: int
+    prefix_cache_bytes: int
+    counts: Counts
+
+
 class Figures:
     """Counters. `round_done`, `completed` and `ended` are called as things happen.
 

@@ -164,9 +164,8 @@ class BodyGuard:
         body = _Body(self, receive, send)
         try:
             await self._app(scope, body.receive, body.send)
-        except _BodyRefused:
-            pass
         except Exception:
+            # What unwound a route whose body is refused is that refusal, however the route wrapped it.
             if body.refused is None:
                 raise
         if body.refused is not None and not body.answered:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
+    from draftloop.server.figures import Snapshot
     from draftloop.server.learning import LearningState
     from draftloop.server.service import Service
-    from draftloop.server.worker import Snapshot
 
 NAMESPACE = "draftloop_"
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from draftloop.answers import Completion, Failed, RoundDone
 from draftloop.errors import DraftloopError, InputError
-from draftloop.server.figures import Counts, Figures, Outcome
+from draftloop.server.figures import Figures, Outcome, Snapshot
 from draftloop.server.logs import where_raised
 from draftloop.server.queue import FairQueue
 from draftloop.server.tickets import AnswerFailed, Cancelled, QueueFull, ShuttingDown, Ticket, TimedOut
@@ -47,30 +47,6 @@ class Attendant(Protocol):
     def ended(self) -> None:
         """Nobody is, and nobody waits."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """How the worker fares.
-
-    Attributes:
-        ready: it takes requests.
-        draining: it takes none any more.
-        active, queued: requests being answered, and waiting.
-        adapter: what the draft wears; None is the bare draft.
-        kv_bytes: what the answers being made hold in both models' caches.
-        prefix_cache_bytes: what is kept of past texts.
-        counts: everything that is counted.
-    """
-
-    ready: bool
-    draining: bool
-    active: int
-    queued: int
-    adapter: str | None
-    kv_bytes: int
-    prefix_cache_bytes: int
-    counts: Counts
 
 
 @dataclass(slots=True, eq=False)
