@@ -15,6 +15,7 @@ from draftloop.types import FinishReason, TokenKind
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from draftloop.errors import OutOfMemory
     from draftloop.learning.recorder import Provenance
     from draftloop.models.grammar import Grammar
     from draftloop.models.text import TextStream
@@ -138,6 +139,19 @@ class Failed:
     """The end of an answer of a batch that could not be made."""
 
     error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class PutOff:
+    """There was no memory for an answer of a batch beside the others, before anything of it was said.
+
+    It is no member any more. Its request may join anew when the batch has places, as if it never had.
+
+    Attributes:
+        error: what ran out.
+    """
+
+    error: OutOfMemory
 
 
 Event = PromptProgress | TextPiece | RoundDone | Completion

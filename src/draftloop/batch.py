@@ -1,8 +1,10 @@
 """Several answers on their way, advanced together: who reads its prompt, and one round for all the others.
 
 Contract: answers join and leave between two steps. Each gets the text that it would get alone. An answer that
-fails ends alone, but for a round that failed: it was everybody's. A step may be left between any two of its
-events; what the others have not been told by then is lost. Must not know adapters, the store or a backend.
+fails ends alone, but for a round that failed: it was everybody's. Where memory runs out nobody fails others:
+who is not yet answered is put off until somebody has left, and a round is taken in parts; only who has no
+memory alone fails. A step may be left between any two of its events; what the others have not been told by
+then is lost. Must not know adapters, the store or a backend.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
-from draftloop.answers import Failed, PromptProgress, RoundDone
+from draftloop.answers import Failed, PromptProgress, PutOff, RoundDone
+from draftloop.errors import OutOfMemory
 from draftloop.learning.recorder import CANCELLED
 from draftloop.speculation.round import run_round
 from draftloop.speculation.schedule import HORIZON_TOKENS
@@ -203,6 +206,8 @@ class Batch:
         self._whole_prompts = whole_prompts
         self._clock = clock
         self._members: list[Member] = []
+        self._full = False
+        """There was no memory for one more; until somebody leaves there will be none."""
         self._read_s: float | None = None
         self._round_s = 0.0
 
@@ -233,7 +238,7 @@ class Batch:
         """How many more may join now; who finds none waits for somebody's end."""
         if not self._members:
             return self._most
-        return 0 if self._held_up() else self._most - len(self._members)
+        return 0 if self._full or self._held_up() else self._most - len(self._members)
 
     def join(
         self,
@@ -245,11 +250,17 @@ class Batch:
 
         Raises:
             InputError: the request asks what cannot be.
+            OutOfMemory: there is none for its caches. Where others are being answered it is put off: it may
+                join when there are places again.
             ValueError: there is no place.
         """
         if not self.places:
             raise ValueError(f"{len(self._members)} answers are on their way, and no more may join")
-        member = self._begin(request, conversation, experience, not self._members)
+        try:
+            member = self._begin(request, conversation, experience, not self._members)
+        except OutOfMemory as error:
+            self._note_full(error)
+            raise
         self._members.append(member)
         return member
 
@@ -260,11 +271,12 @@ class Batch:
         finally:
             self._forget()
 
-    def step(self) -> Iterator[tuple[Member, Event | Failed]]:
+    def step(self) -> Iterator[tuple[Member, Event | Failed | PutOff]]:
         """Read one piece of one prompt, or all of them, and run one round for everybody whose prompt is read.
 
         Yields:
-            Each answer's events in their order, an answer's last one being its `Completion` or `Failed`.
+            Each answer's events in their order, an answer's last one being its `Completion`, `Failed` or
+            `PutOff`.
         """
         reader = self._reader()
         while reader is not None:
@@ -294,13 +306,11 @@ class Batch:
     def _reader(self) -> Member | None:
         return next((member for member in self._members if member.reads and not member.over), None)
 
-    def _read(self, reader: Member) -> Iterator[tuple[Member, PromptProgress | Failed]]:
+    def _read(self, reader: Member) -> Iterator[tuple[Member, PromptProgress | Failed | PutOff]]:
         """What the caches held, and one piece, which is known to cost no more than the others' round."""
-        progress = None
         if not reader.begun:
-            progress = self._told(reader, lambda: reader.begin(partial(self._draft_reads, reader)))
-            yield reader, progress
-        if not isinstance(progress, Failed) and reader.reads and not reader.over:
+            yield reader, self._told(reader, lambda: reader.begin(partial(self._draft_reads, reader)))
+        if reader.reads and not reader.over:
             num_tokens, before, started_s = self._chunk_tokens(), reader.done_tokens, self._clock()
             progress = self._told(reader, lambda: reader.read(num_tokens))
             if reader.done_tokens > before:
@@ -318,13 +328,21 @@ class Batch:
         )
         return self._together.reads_along(prospect, count)
 
-    def _told(self, reader: Member, work: Callable[[], PromptProgress]) -> PromptProgress | Failed:
+    def _told(self, reader: Member, work: Callable[[], PromptProgress]) -> PromptProgress | Failed | PutOff:
         try:
             return work()
         except Exception as error:
             failed = _failed(reader, error)
-            self._forget()
+        self._forget()
+        if not isinstance(failed.error, OutOfMemory) or not self._members:
             return failed
+        self._note_full(failed.error)
+        return PutOff(failed.error)
+
+    def _note_full(self, error: OutOfMemory) -> None:
+        if self._members:
+            self._full = True
+            logger.warning("%s beside %d others: a request waits", error.what, len(self._members))
 
     def _chunk_tokens(self) -> int:
         """So many that the others' tokens come half as often at worst."""
@@ -336,7 +354,9 @@ class Batch:
         return min(max(fitting, LEAST_CHUNK_TOKENS), PREFILL_CHUNK_TOKENS)
 
     def _forget(self) -> None:
-        self._members = [member for member in self._members if not member.over]
+        staying = [member for member in self._members if not member.over]
+        self._full = self._full and len(staying) == len(self._members)
+        self._members = staying
 
 
 def _taken(member: Member, outcome: Round, seconds: float) -> list[TextPiece | RoundDone | Failed]:

@@ -19,6 +19,7 @@ from draftloop.answers import (
     Event,
     Failed,
     PromptProgress,
+    PutOff,
     Request,
     RoundDone,
     TextPiece,
@@ -150,12 +151,13 @@ class Engine:
             InputError: `max_tokens` below 1, or a bias or penalty out of bounds.
             GrammarFailed: the request's grammar became too complex on the way.
             ContextFull: the prompt leaves no room for an answer.
+            OutOfMemory: in spite of the plan.
         """
         with self.batch(1) as batch:
             batch.join(request, conversation, experience)
             while batch.members:
                 for _, event in batch.step():
-                    if isinstance(event, Failed):
+                    if isinstance(event, Failed | PutOff):
                         raise event.error
                     yield event
 

@@ -35,8 +35,8 @@ def prompts(tmp_path):
 
 def test_the_json_contract(evaluate, prompts, toy_pair):
     figures = evaluate("--prompts", prompts, "--json").json
-    assert figures.keys() == {*FIGURES, "tasks", "adapter", "models", "backend"}
-    assert figures["prompts"] == 4
+    assert figures.keys() == {*FIGURES, "answers_at_once", "tasks", "adapter", "models", "backend"}
+    assert figures["prompts"] == figures["answers_at_once"] == 4
     assert list(figures["tasks"]) == ["sums", "poems", "no task"]
     assert {name: task["prompts"] for name, task in figures["tasks"].items()} == {
         "sums": 2, "poems": 1, "no task": 1,
@@ -58,6 +58,30 @@ def test_the_figures_are_those_of_the_answers(evaluate, draftloop, toys_on_numpy
     assert figures["tasks"]["sums"]["tau"] == pytest.approx(
         sum(a["completion_tokens"] for a in answers) / sum(a["rounds"] for a in answers), abs=1e-4
     )
+
+
+ONE_AT_A_TIME = settings(**{"memory.answers_at_once": 1})
+
+
+@pytest.mark.parametrize("temperature", [0, 1.2])
+def test_how_many_are_answered_at_once_changes_no_figure_but_the_speed(evaluate, prompts, temperature):
+    flags = ("--prompts", prompts, "--temperature", temperature, "--json")
+    together, alone = evaluate(*flags).json, evaluate(*flags, options=ONE_AT_A_TIME).json
+    assert (together["answers_at_once"], alone["answers_at_once"]) == (4, 1)
+    for figures in (together, alone, *together["tasks"].values(), *alone["tasks"].values()):
+        figures.pop("tokens_per_s")
+        figures.pop("answers_at_once", None)
+    assert together == alone
+
+
+def test_it_says_what_the_speed_is_the_speed_of(evaluate, prompts):
+    assert "tok/s is of up to 4 answers together" in evaluate("--prompts", prompts).err
+    assert "together" not in evaluate("--prompts", prompts, options=ONE_AT_A_TIME).err
+
+
+def test_where_figures_depend_on_who_is_answered_beside_one_is_answered_at_a_time(evaluate, prompts):
+    adaptive = settings(**{"speculative.schedule": "adaptive"})
+    assert evaluate("--prompts", prompts, "--json", options=adaptive).json["answers_at_once"] == 1
 
 
 def test_sampled_figures_are_the_same_twice(evaluate, prompts):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from draftloop.backends.base import NO_PROPOSAL, PrefillJob, Proposal, ProposeJob, VerifyJob
+from draftloop.errors import OutOfMemory
 from draftloop.types import Rules, Sampling, TokenKind
 
 PROMPT = tuple(range(20, 32))
@@ -179,3 +180,54 @@ def test_propose_and_verify_honour_the_cap(pair):
     draft_cache = read(pair.draft, [3] * 126)
     with pytest.raises(ValueError, match="128"):
         pair.draft.propose([ProposeJob(draft_cache, (7,), 4, GREEDY, uniforms(4))])
+
+
+class WithoutMemory:
+    """A processor for which there is none at its `calls`th call."""
+
+    def __init__(self, width, calls):
+        self.row, self.left = np.zeros(width, np.float32), calls
+
+    def bias(self, drafted):  # noqa: ARG002
+        self.left -= 1
+        if not self.left:
+            raise OutOfMemory("memory ran out", remedy="Wait.")
+        return self.row
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_a_step_without_memory_can_be_made_again(pair, calls):
+    """Two sequences; what was counted by then is trimmed off, and the step gives what it would have given."""
+    k, width = 4, pair.target.architecture.vocab_size
+
+    def made(calls):
+        rules = [Rules(SAMPLED.sampling, processor=WithoutMemory(width, left)) for left in (0, calls)]
+        drafts, targets = ([read(model) for _ in rules] for model in (pair.draft, pair.target))
+
+        def drafted():
+            jobs = zip(drafts, rules, strict=True)
+            return pair.draft.propose([ProposeJob(one, (7, 8), k, own, uniforms(k)) for one, own in jobs])
+
+        def verified(proposals):
+            return pair.target.verify(
+                [
+                    VerifyJob(one, 8, proposal, own, uniforms(k, 1), uniforms(k + 1, 2))
+                    for one, proposal, own in zip(targets, proposals, rules, strict=True)
+                ]
+            )
+
+        def again(step, caches):
+            held = [cache.position for cache in caches]
+            if calls:
+                with pytest.raises(OutOfMemory):
+                    step()
+            for cache, position in zip(caches, held, strict=True):
+                cache.trim(cache.position - position)
+            return step()
+
+        proposals = again(drafted, drafts)
+        rules[1].processor.left = calls
+        verdicts = again(lambda: verified(proposals), targets)
+        return [verdict.tokens for verdict in verdicts], [verdict.drafted_tokens for verdict in verdicts]
+
+    assert made(calls) == made(0)

@@ -12,7 +12,7 @@ from draftloop.engine import Engine
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from draftloop.answers import Event, Failed
+    from draftloop.answers import Event, Failed, PutOff
     from draftloop.batch import Member
 
 
@@ -23,6 +23,7 @@ class SteppedEngine(Engine):
         begun: prompts' texts in the order in which they were begun.
         threads: that have called it.
         rounds: how many each of them has finished.
+        batches: that were opened.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -30,6 +31,7 @@ class SteppedEngine(Engine):
         self.begun: list[str] = []
         self.threads: set[int] = set()
         self.rounds: list[int] = []
+        self.batches: list[Batch] = []
         self._steps = threading.Semaphore(0)
         self._waits = threading.Event()
         self._free = False
@@ -50,7 +52,8 @@ class SteppedEngine(Engine):
             self._steps.acquire()
 
     def batch(self, *arguments: Any, **named: Any) -> Batch:
-        return SteppedBatch(self, super().batch(*arguments, **named))
+        self.batches.append(SteppedBatch(self, super().batch(*arguments, **named)))
+        return self.batches[-1]
 
 
 class SteppedBatch(Batch):
@@ -68,7 +71,7 @@ class SteppedBatch(Batch):
         self._engine.begun.append(self._engine.tokenizer.decode(tokens))
         return member
 
-    def step(self) -> Iterator[tuple[Member, Event | Failed]]:
+    def step(self) -> Iterator[tuple[Member, Event | Failed | PutOff]]:
         for member, event in super().step():
             self._engine.wait()
             self._engine.rounds[self._numbers[member]] += isinstance(event, RoundDone)

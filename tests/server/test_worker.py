@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from stepped import SteppedEngine
 
-    from draftloop.answers import Failed
+    from draftloop.answers import Failed, PutOff
     from draftloop.server.tickets import Job, Ticket
     from draftloop.server.worker import Worker
 
@@ -348,7 +348,7 @@ def test_who_had_his_end_before_a_step_broke_keeps_it(
         close(member)
         raise KeyError
 
-    def breaks_after_an_end(batch: Batch) -> Iterator[tuple[Member, Event | Failed]]:
+    def breaks_after_an_end(batch: Batch) -> Iterator[tuple[Member, Event | Failed | PutOff]]:
         for member, event in step(batch):
             yield member, event
             if isinstance(event, Completion):

@@ -6,7 +6,9 @@ KV caches. A backend must not know what a request, a prompt or a setting is.
 
 Cache arithmetic (design §4). The target's cache holds everything but the last emitted token; the draft's
 may lag by one more. `propose` reads `unread` and its own K-1 first tokens, `verify` reads K+1 tokens; the
-core trims both afterwards.
+core trims both afterwards. Where one of these or `prefill` runs out of memory (OutOfMemory), a cache holds
+what it held before, and behind that perhaps tokens that were only counted: the core trims them off, and may
+try again.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ stopped goes on where it was. Must not know how an answer is made or stored.
 from __future__ import annotations
 
 import json
-from collections import deque
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +29,7 @@ from draftloop.cli.figures import setup_figures, shown, speed_line, summary_figu
 from draftloop.cli.interrupts import interrupt_as_flag
 from draftloop.cli.progress import counting
 from draftloop.cli.prompts import Prompt, read_prompts
+from draftloop.cli.together import answer_together
 from draftloop.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     from draftloop.engine import Completion, Engine, Request
     from draftloop.learning.selection import Selection
-    from draftloop.speculation.stream import Conversation
     from draftloop.storage.store import Store
 
 INTERRUPTED = 130
@@ -151,27 +151,16 @@ class _Run:
 
 def _answer(engine: Engine, requests: Sequence[Request]) -> tuple[tuple[Completion, ...], bool]:
     """The answers, made together as far as there is room, and whether Ctrl-C ended the work early."""
-    from draftloop.answers import Completion, Failed
-
-    waiting, completions = deque(requests), []
-    # Used again: what the prompts begin with alike, the system message above all, is read once in each.
-    conversations: list[Conversation] = []
+    completions: list[Completion] = []
     with (
         counting("collecting", len(requests), shown=True, lines=True) as counter,
         interrupt_as_flag(lambda: say("stopping after these answers; Ctrl-C again stops now")) as stop_wanted,
-        engine.batch(whole_prompts=True) as batch,
+        closing(answer_together(engine, requests, stop_wanted=stop_wanted.is_set)) as answers,
     ):
-        while batch.members or (waiting and not stop_wanted.is_set()):
-            while waiting and batch.places and not stop_wanted.is_set():
-                batch.join(waiting.popleft(), conversations.pop() if conversations else None)
-            for member, event in batch.step():
-                if isinstance(event, Failed):
-                    raise event.error
-                if isinstance(event, Completion):
-                    conversations.append(member.stream.conversation)
-                    completions.append(event)
-                    tally, _ = total(completions)
-                    counter.advance(f"alpha {shown(tally.alpha, 2)} · tau {shown(tally.tau, 2)}")
+        for _, completion in answers:
+            completions.append(completion)
+            tally, _ = total(completions)
+            counter.advance(f"alpha {shown(tally.alpha, 2)} · tau {shown(tally.tau, 2)}")
     return tuple(completions), len(completions) < len(requests)
 
 

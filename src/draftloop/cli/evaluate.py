@@ -1,11 +1,13 @@
 """`draftloop evaluate`: how well the draft guesses on a file of prompts, task by task.
 
 Contract: stores nothing; one adapter is worn from the first prompt to the last; the same seed and settings
-give the same figures but for the speed. Must not know how an answer is made.
+give the same figures but for the speed, however many are answered at once. Must not know how an answer is
+made.
 """
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +26,12 @@ from draftloop.cli.console import new_table, print_table, say, write_json
 from draftloop.cli.figures import setup_figures, shown, summary_figures, total
 from draftloop.cli.progress import counting
 from draftloop.cli.prompts import by_task, read_prompts
+from draftloop.cli.together import answer_together
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from draftloop.config import Config
     from draftloop.engine import Completion, Engine, Request
 
 WARM_UP_TOKENS = 8
@@ -54,7 +58,8 @@ def evaluate(
         prepared = prepare_models(asked)
         requests = [request_for(asked, prepared.tokenizer, prompt) for prompt in prompts]
         engine = load_models(asked.config, prepared, store, adapter=asked.adapter)
-    completions = _answer(engine, requests)
+    at_once = min(_most_at_once(engine, asked.config), len(requests))
+    completions = _answer(engine, requests, at_once)
     setup = setup_figures(
         asked.config,
         engine.backend.capabilities().backend,
@@ -63,22 +68,39 @@ def evaluate(
     )
     tasks = by_task(prompts, completions)
     if as_json:
-        figures = {"prompts": len(prompts), **summary_figures(completions)}
+        figures = {"prompts": len(prompts), "answers_at_once": at_once, **summary_figures(completions)}
         write_json({**figures, "tasks": {name: _figures(done) for name, done in tasks.items()}, **setup})
     else:
         _show(tasks, completions)
+        if at_once > 1:
+            say(
+                f"tok/s is of up to {at_once} answers together; of one at a time: "
+                "--set memory.answers_at_once=1"
+            )
         say(f"adapter: {engine.adapter or 'none'} · {setup['backend']} · nothing was stored")
 
 
-def _answer(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
+def _most_at_once(engine: Engine, config: Config) -> int:
+    """How many answers may share their rounds without a figure but the speed depending on it.
+
+    A schedule chooses K by what rounds cost so many, and suffix matches come from the answers before.
+    """
+    return engine.most_together if config.speculative.schedule == "fixed" else 1
+
+
+def _answer(engine: Engine, requests: Sequence[Request], at_once: int) -> list[Completion]:
+    """In the order of the requests."""
     engine.complete(replace(requests[0], max_tokens=WARM_UP_TOKENS, min_tokens=1))
-    completions: list[Completion] = []
-    with counting("evaluating", len(requests), shown=True, lines=True) as counter:
-        for request in requests:
-            completions.append(engine.complete(request))
-            tally, speed = total(completions)
+    done: dict[int, Completion] = {}
+    with (
+        counting("evaluating", len(requests), shown=True, lines=True) as counter,
+        closing(answer_together(engine, requests, most=at_once)) as answers,
+    ):
+        for index, completion in answers:
+            done[index] = completion
+            tally, speed = total([*done.values()])
             counter.advance(f"alpha {shown(tally.alpha, 2)} · {shown(speed, 1)} tok/s")
-    return completions
+    return [done[index] for index in range(len(requests))]
 
 
 def _figures(completions: Sequence[Completion]) -> dict[str, Any]:

@@ -43,6 +43,12 @@ class FairQueue:
             self._waiting[client] = tickets
         return ticket
 
+    def put_back(self, ticket: Ticket) -> None:
+        """Undo `take`: it is the next one again."""
+        client = ticket.job.client
+        self._waiting.setdefault(client, deque()).appendleft(ticket)
+        self._waiting.move_to_end(client, last=False)
+
     def remove(self, where: Callable[[Ticket], bool]) -> list[Ticket]:
         """Take out every ticket that `where` says yes to; nobody's turn changes."""
         removed: list[Ticket] = []

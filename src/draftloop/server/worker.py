@@ -2,7 +2,8 @@
 
 Contract: the engine is touched by this thread and no other. As many requests are answered together as the
 memory plan has room for; they join and leave between two rounds, so that a cancelled or late one ends within
-one. Whatever happens, every ticket gets its end. Must not know HTTP.
+one. Who finds no memory beside the others waits again, first in the queue. Whatever happens, every ticket
+gets its end. Must not know HTTP.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from draftloop.answers import Completion, Failed, RoundDone
-from draftloop.errors import DraftloopError, InputError
+from draftloop.answers import Completion, Failed, PutOff, RoundDone
+from draftloop.errors import DraftloopError, InputError, OutOfMemory
 from draftloop.server.figures import Figures, Outcome, Snapshot
 from draftloop.server.logs import where_raised
 from draftloop.server.queue import FairQueue
@@ -272,7 +273,10 @@ class Worker:
                 self._follow_adapter()
             answer.member = batch.join(answer.ticket.job.request)
         except Exception as error:
-            self._fail(answer, error)
+            if isinstance(error, OutOfMemory) and batch.members:
+                self._put_back(answer)
+            else:
+                self._fail(answer, error)
 
     def _follow_adapter(self) -> None:
         """Another adapter may have become active; a damaged one costs nobody an answer."""
@@ -304,7 +308,7 @@ class Worker:
             logger.error("an answer did not end well: %s", where_raised(trouble))
         batch.leave(member)
 
-    def _tell(self, told: Sequence[tuple[Member, Event | Failed]], began_s: float) -> None:
+    def _tell(self, told: Sequence[tuple[Member, Event | Failed | PutOff]], began_s: float) -> None:
         """What a step brought, to the figures and to its readers."""
         answers = {answer.member: answer for answer in self._active}
         rounds = [(answers[member], event.outcome) for member, event in told if isinstance(event, RoundDone)]
@@ -313,6 +317,9 @@ class Worker:
             answer = answers[member]
             if isinstance(event, Failed):
                 self._fail(answer, event.error)
+                continue
+            if isinstance(event, PutOff):
+                self._put_back(answer)
                 continue
             if isinstance(event, Completion):
                 self._remove(answer)
@@ -345,6 +352,12 @@ class Worker:
         self._remove(answer)
         self.figures.ended(outcome)
         answer.ticket.deliver(error)
+
+    def _put_back(self, answer: _Active) -> None:
+        """There was no memory for it beside the others: it waits for somebody's end, first of all."""
+        with self._changed:
+            self._active.remove(answer)
+            self._queue.put_back(answer.ticket)
 
     def _remove(self, answer: _Active) -> None:
         """Its place is free."""

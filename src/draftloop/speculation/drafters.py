@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from draftloop.backends.base import NO_PROPOSAL, PrefillJob, Proposal, ProposeJob
+from draftloop.errors import OutOfMemory
 from draftloop.speculation.schedule import HORIZON_TOKENS, Choice
+from draftloop.speculation.shortage import in_parts
 from draftloop.speculation.stream import PREFILL_CHUNK_TOKENS
 from draftloop.speculation.together import Prospect
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from draftloop.backends.base import Model
+    from draftloop.backends.base import Cache, Model
     from draftloop.speculation.stream import Stream
     from draftloop.speculation.suffix import Match
     from draftloop.speculation.together import TogetherPace
@@ -63,8 +65,8 @@ class Drafter(Protocol):
         """What it could propose, for somebody else to choose how much. None where it has nothing to say."""
         ...
 
-    def propose(self, streams: Sequence[Stream], offers: Sequence[Offer]) -> list[Proposal]:
-        """Make good the offers that were taken."""
+    def propose(self, streams: Sequence[Stream], offers: Sequence[Offer]) -> list[Proposal | OutOfMemory]:
+        """Make good the offers that were taken; an error where there is no memory for a stream alone."""
         ...
 
 
@@ -72,6 +74,8 @@ def propose(
     drafters: Sequence[Drafter], streams: Sequence[Stream], together: TogetherPace | None = None
 ) -> list[Drafted]:
     """The best offer for each stream, made good; of equals the first drafter's.
+
+    Where there is no memory for one alone, `Stream.failure` tells it.
 
     Args:
         drafters: who may be asked.
@@ -92,7 +96,10 @@ def propose(
         if asked:
             proposals = drafter.propose([streams[index] for index, _ in asked], [offer for _, offer in asked])
             for (index, offer), proposal in zip(asked, proposals, strict=True):
-                drafted[index] = Drafted(proposal, offer)
+                if isinstance(proposal, OutOfMemory):
+                    streams[index].shortage = proposal
+                else:
+                    drafted[index] = Drafted(proposal, offer)
     return drafted
 
 
@@ -166,29 +173,39 @@ class ModelDrafter:
             ahead_tokens=min(stream.remaining_tokens, HORIZON_TOKENS),
         )
 
-    def propose(self, streams: Sequence[Stream], offers: Sequence[Offer]) -> list[Proposal]:
+    def propose(self, streams: Sequence[Stream], offers: Sequence[Offer]) -> list[Proposal | OutOfMemory]:
         """See `Drafter`. A backlog is read in pieces, the last of them with the first guess."""
+        asked = [
+            (stream, _draft_cache(stream), offer.choice.num_draft_tokens)
+            for stream, offer in zip(streams, offers, strict=True)
+        ]
+        return in_parts(self._propose, asked, [cache for _, cache, _ in asked])
+
+    def _propose(self, asked: Sequence[tuple[Stream, Cache, int]]) -> list[Proposal]:
         jobs = []
-        for stream, offer in zip(streams, offers, strict=True):
-            conversation, k = stream.conversation, offer.choice.num_draft_tokens
-            cache = conversation.draft_cache
-            if cache is None:
-                raise ValueError("a stream without a draft cache took the draft model's offer")
-            while len(conversation.tokens) - cache.position > PREFILL_CHUNK_TOKENS:
-                start = cache.position
-                piece = conversation.tokens[start : start + PREFILL_CHUNK_TOKENS]
+        for stream, cache, k in asked:
+            tokens = stream.conversation.tokens
+            while len(tokens) - cache.position > PREFILL_CHUNK_TOKENS:
+                piece = tokens[cache.position : cache.position + PREFILL_CHUNK_TOKENS]
                 self._draft.prefill([PrefillJob(cache, piece)])
             jobs.append(
                 ProposeJob(
                     cache=cache,
-                    unread=conversation.tokens[cache.position :],
+                    unread=tokens[cache.position :],
                     num_draft_tokens=k,
                     rules=stream.rules,
                     uniforms=stream.uniforms.draft(stream.emitted_tokens, k),
-                    text=conversation.tokens,
+                    text=tokens,
                 )
             )
         return self._draft.propose(jobs)
+
+
+def _draft_cache(stream: Stream) -> Cache:
+    cache = stream.conversation.draft_cache
+    if cache is None:
+        raise ValueError("a stream without a draft cache took the draft model's offer")
+    return cache
 
 
 class SuffixDrafter:
@@ -215,7 +232,11 @@ class SuffixDrafter:
             None if match is None else Prospect(tuple(match.acceptance), by_model=False, tokens=match.tokens)
         )
 
-    def propose(self, streams: Sequence[Stream], offers: Sequence[Offer]) -> list[Proposal]:  # noqa: ARG002
+    def propose(
+        self,
+        streams: Sequence[Stream],  # noqa: ARG002
+        offers: Sequence[Offer],
+    ) -> list[Proposal | OutOfMemory]:
         """See `Drafter`. Each q is a point mass."""
         return [Proposal(offer.tokens, None, len(offer.tokens)) for offer in offers]
 

@@ -13,13 +13,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from draftloop.backends.base import VerifyJob
+from draftloop.errors import OutOfMemory
 from draftloop.speculation.drafters import ModelDrafter, SuffixDrafter, propose
 from draftloop.speculation.schedule import Timed
+from draftloop.speculation.shortage import in_parts
 from draftloop.types import FinishReason, TokenKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from draftloop.backends.base import Model
     from draftloop.speculation.drafters import Drafted, Drafter
     from draftloop.speculation.stream import Pair, Stream
     from draftloop.speculation.together import TogetherPace
@@ -107,26 +110,11 @@ def run_round(
     started_s, together = clock(), together if len(streams) > 1 else None
     drafters: list[Drafter] = [] if pair.draft is None else [ModelDrafter(pair.draft)]
     drafted = propose([*drafters, SuffixDrafter()], streams, together)
-    jobs = []
-    for stream, one in zip(streams, drafted, strict=True):
-        start, k = stream.emitted_tokens, one.proposal.num_tokens
-        jobs.append(
-            VerifyJob(
-                cache=stream.conversation.target_cache,
-                last=stream.conversation.tokens[-1],
-                proposal=one.proposal,
-                rules=stream.rules,
-                accept_uniforms=stream.uniforms.accept(start, k),
-                extra_uniforms=stream.uniforms.extra(start, k + 1),
-                trace=stream.settings.trace,
-            )
-        )
-    verdicts = pair.target.verify(jobs)
-    settled = zip(streams, drafted, verdicts, strict=True)
+    settled = zip(streams, drafted, _verified(pair.target, streams, drafted), strict=True)
     outcomes = [_settle(stream, one, verdict) for stream, one, verdict in settled]
     took_s = clock() - started_s
-    # What a processor takes is no price of the models'.
-    priced = not any(stream.processor for stream in streams)
+    # What a processor takes is no price of the models', nor is a round that somebody had no memory for.
+    priced = not any(stream.processor or stream.failure for stream in streams)
     if together is not None:
         together.observe(took_s if priced else None)
     seconds = took_s if len(streams) == 1 else None
@@ -136,11 +124,40 @@ def run_round(
     return [replace(outcome, seconds=seconds) for outcome in outcomes]
 
 
+def _verified(target: Model, streams: Sequence[Stream], drafted: Sequence[Drafted]) -> list[Verdict | None]:
+    """The target's word on each proposal; None where the stream has failed, or does so for want of memory."""
+    going = [index for index, stream in enumerate(streams) if stream.failure is None]
+    jobs = []
+    for index in going:
+        stream, proposal = streams[index], drafted[index].proposal
+        start, k = stream.emitted_tokens, proposal.num_tokens
+        jobs.append(
+            VerifyJob(
+                cache=stream.conversation.target_cache,
+                last=stream.conversation.tokens[-1],
+                proposal=proposal,
+                rules=stream.rules,
+                accept_uniforms=stream.uniforms.accept(start, k),
+                extra_uniforms=stream.uniforms.extra(start, k + 1),
+                trace=stream.settings.trace,
+            )
+        )
+    verdicts: list[Verdict | None] = [None] * len(streams)
+    found = in_parts(target.verify, jobs, [job.cache for job in jobs])
+    for index, verdict in zip(going, found, strict=True):
+        if isinstance(verdict, OutOfMemory):
+            streams[index].shortage = verdict
+        else:
+            verdicts[index] = verdict
+    return verdicts
+
+
 def decode(pair: Pair, stream: Stream, clock: Callable[[], float] = time.perf_counter) -> Iterator[Round]:
     """Run rounds until the answer ends. The conversation must hold the prompt (`read_prompt`).
 
     Raises:
         GrammarFailed: the answer's grammar cannot be followed any further.
+        OutOfMemory: the conversation holds what was emitted.
     """
     finished = stream.remaining_tokens < 1
     while not finished:
@@ -163,13 +180,13 @@ def _timed(drafted: Drafted, outcome: Round, seconds: float | None, *, together:
     )
 
 
-def _settle(stream: Stream, drafted: Drafted, verdict: Verdict) -> Round:
+def _settle(stream: Stream, drafted: Drafted, verdict: Verdict | None) -> Round:
     """Append what was emitted, cut at the answer's end, and trim both caches to it.
 
-    Where the stream's grammar failed, nothing is emitted: `Stream.failure` tells why.
+    Where the stream has failed, nothing is emitted: `Stream.failure` tells why.
     """
-    end = _end(stream, verdict.tokens)
-    if stream.failure is not None:
+    end = None if verdict is None else _end(stream, verdict.tokens)
+    if verdict is None or stream.failure is not None:
         stream.conversation.settle(len(stream.conversation.tokens))
         return _NOTHING
     outcome = Round(

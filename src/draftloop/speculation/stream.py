@@ -15,6 +15,7 @@ from draftloop.backends.base import PrefillJob
 from draftloop.errors import ContextFull
 from draftloop.speculation.processors import Steering
 from draftloop.speculation.schedule import FixedPace
+from draftloop.speculation.shortage import restored
 from draftloop.speculation.uniforms import Uniforms
 from draftloop.types import Rules, Sampling
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from draftloop.backends.base import Cache, Model
-    from draftloop.errors import GrammarFailed
+    from draftloop.errors import DraftloopError, OutOfMemory
     from draftloop.speculation.schedule import Pace
     from draftloop.speculation.suffix import SuffixText
 
@@ -120,6 +121,8 @@ class Stream:
         self.uniforms = Uniforms(settings.seed)
         self.processor = settings.steering.processor(conversation.vocab_size)
         self.emitted_tokens = 0
+        self.shortage: OutOfMemory | None = None
+        """There was no memory for its round, though nobody shared it."""
 
     @property
     def remaining_tokens(self) -> int:
@@ -128,9 +131,9 @@ class Stream:
         return min(self.settings.max_tokens - self.emitted_tokens, room)
 
     @property
-    def failure(self) -> GrammarFailed | None:
+    def failure(self) -> DraftloopError | None:
         """Why the answer cannot go on; None while it can."""
-        return None if self.processor is None else self.processor.failure
+        return self.shortage or (None if self.processor is None else self.processor.failure)
 
     @property
     def rules(self) -> Rules:
@@ -207,12 +210,17 @@ class PromptReading:
         return self._next >= self._end
 
     def read(self, num_tokens: int = PREFILL_CHUNK_TOKENS) -> None:
-        """Read the next piece."""
+        """Read the next piece.
+
+        Raises:
+            OutOfMemory: the caches hold what they held before; the same piece can be read again.
+        """
         stop = min(self._next + num_tokens, self._end)
-        for model, cache in self._models:
-            piece = self._prompt[cache.position : min(stop, cache.max_tokens)]
-            if piece:
-                model.prefill([PrefillJob(cache, piece)])
+        with restored([cache for _, cache in self._models]):
+            for model, cache in self._models:
+                piece = self._prompt[cache.position : min(stop, cache.max_tokens)]
+                if piece:
+                    model.prefill([PrefillJob(cache, piece)])
         self._next = stop
 
 
