@@ -188,7 +188,7 @@ class WithoutMemory:
     def __init__(self, width, calls):
         self.row, self.left = np.zeros(width, np.float32), calls
 
-    def bias(self, drafted):  # noqa: ARG002
+    def bias(self, drafted):
         self.left -= 1
         if not self.left:
             raise OutOfMemory("memory ran out", remedy="Wait.")
