@@ -177,7 +177,8 @@ def test_a_long_prompt_is_read_between_the_others_rounds(new_engine, monkeypatch
             pieces.append(now_s[-1] - before_s - 20)
             before_s = now_s[-1]
     assert sum(pieces) == 299
-    assert set(pieces[:-1]) == {20}
+    assert max(pieces) <= 20
+    assert len(pieces) <= 20
     assert told == sorted(told)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from draftloop.answers import Failed, PromptProgress, PutOff, RoundDone
 from draftloop.errors import OutOfMemory
 from draftloop.learning.recorder import CANCELLED
+from draftloop.speculation.pieces import PieceLengths
 from draftloop.speculation.round import run_round
 from draftloop.speculation.schedule import HORIZON_TOKENS
 from draftloop.speculation.stream import PREFILL_CHUNK_TOKENS, PromptReading, check_fits
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from draftloop.speculation.together import TogetherPace
 
 logger = logging.getLogger(__name__)
-
-FIRST_CHUNK_TOKENS, LEAST_CHUNK_TOKENS = 32, 8
-"""Of a prompt that is read between others' rounds: before it is known what reading takes, and at least."""
 
 
 class Member:
@@ -85,9 +83,9 @@ class Member:
         return self._reading is not None
 
     @property
-    def done_tokens(self) -> int:
-        """How many of its prompt's tokens the target's cache holds."""
-        return 0 if self._reading is None else self._reading.done_tokens
+    def left_tokens(self) -> int:
+        """How many of its prompt's tokens are still to be read; once it has begun."""
+        return 0 if self._reading is None else self._reading.left_tokens
 
     def begin(self, draft_reads: Callable[[int], bool]) -> PromptProgress:
         """Take over what the caches, or the texts kept, hold of the prompt.
@@ -208,8 +206,7 @@ class Batch:
         self._members: list[Member] = []
         self._full = False
         """There was no memory for one more; until somebody leaves there will be none."""
-        self._read_s: float | None = None
-        self._round_s = 0.0
+        self._pieces = PieceLengths(PREFILL_CHUNK_TOKENS)
 
     def __enter__(self) -> Batch:
         return self
@@ -293,8 +290,9 @@ class Batch:
             self._forget()
             yield from failed
             return
-        self._round_s = self._clock() - started_s
-        part_s = self._round_s / len(active)
+        round_s = self._clock() - started_s
+        self._pieces.round_took(round_s)
+        part_s = round_s / len(active)
         told = [_taken(one, outcome, part_s) for one, outcome in zip(active, outcomes, strict=True)]
         for member, events in zip(active, told, strict=True):
             yield from ((member, event) for event in events)
@@ -307,14 +305,14 @@ class Batch:
         return next((member for member in self._members if member.reads and not member.over), None)
 
     def _read(self, reader: Member) -> Iterator[tuple[Member, PromptProgress | Failed | PutOff]]:
-        """What the caches held, and one piece, which is known to cost no more than the others' round."""
+        """What the caches held, and one piece: beside others no longer than they hardly notice."""
         if not reader.begun:
             yield reader, self._told(reader, lambda: reader.begin(partial(self._draft_reads, reader)))
         if reader.reads and not reader.over:
-            num_tokens, before, started_s = self._chunk_tokens(), reader.done_tokens, self._clock()
+            num_tokens, left, started_s = self._piece_tokens(), reader.left_tokens, self._clock()
             progress = self._told(reader, lambda: reader.read(num_tokens))
-            if reader.done_tokens > before:
-                self._read_s = (self._clock() - started_s) / (reader.done_tokens - before)
+            if left - reader.left_tokens == num_tokens:
+                self._pieces.piece_took(num_tokens, self._clock() - started_s)
             yield reader, progress
 
     def _draft_reads(self, member: Member, backlog_tokens: int) -> bool:
@@ -344,14 +342,10 @@ class Batch:
             self._full = True
             logger.warning("%s beside %d others: a request waits", error.what, len(self._members))
 
-    def _chunk_tokens(self) -> int:
-        """So many that the others' tokens come half as often at worst."""
+    def _piece_tokens(self) -> int:
         if self._whole_prompts or all(member.reads for member in self._members):
             return PREFILL_CHUNK_TOKENS
-        if self._read_s is None:
-            return FIRST_CHUNK_TOKENS
-        fitting = int(self._round_s / max(self._read_s, 1e-9))
-        return min(max(fitting, LEAST_CHUNK_TOKENS), PREFILL_CHUNK_TOKENS)
+        return self._pieces.next_tokens()
 
     def _forget(self) -> None:
         staying = [member for member in self._members if not member.over]

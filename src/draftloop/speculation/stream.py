@@ -205,9 +205,14 @@ class PromptReading:
         return self._target_cache.position
 
     @property
+    def left_tokens(self) -> int:
+        """How many are still to be read, by one model at least."""
+        return max(0, self._end - self._next)
+
+    @property
     def finished(self) -> bool:
         """Whether nothing is left to read."""
-        return self._next >= self._end
+        return not self.left_tokens
 
     def read(self, num_tokens: int = PREFILL_CHUNK_TOKENS) -> None:
         """Read the next piece.
