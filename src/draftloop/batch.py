@@ -282,6 +282,8 @@ class Batch:
         active = [member for member in self._members if not member.reads]
         if not active:
             return
+        if self._together is not None:
+            self._together.expect(len(self._members))
         started_s = self._clock()
         try:
             outcomes = run_round(self._pair, [one.stream for one in active], self._clock, self._together)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from draftloop.speculation.costs import RoundCosts
 from draftloop.speculation.schedule import PROBE_SHARE, Schedule, best_choice
-from draftloop.speculation.together import Prospect, TogetherPace, best_plan
+from draftloop.speculation.together import LEAST_SPEEDUP, Prospect, TogetherPace, best_plan
 
 CHANCES = st.floats(0, 1)
 PACKED = RoundCosts(
@@ -119,23 +119,27 @@ def paced(read_s=0.02):
 
 
 def test_a_backlog_is_read_where_it_pays():
-    late = Prospect((0.9,) * 4, backlog_tokens=900)
-    plan = paced().choose([late, Prospect((0.9,) * 4)])
+    late, ready = Prospect((0.9,) * 4, backlog_tokens=900), Prospect((0.9,) * 4)
+    plan = paced().choose([late, ready, ready])
     assert plan.num_draft_tokens[0] == 0
     assert plan.num_draft_tokens[1] > 0
     assert not plan.reads_backlog
     for one, reads in ((replace(late, backlog_tokens=9), True), (late, False)):
         assert paced().choose([one, one]).reads_backlog == reads
+    # Who is about to join may leave nothing of what it would gain.
+    pace = paced(read_s=0.001)
+    pace.expect(16)
+    assert not any(pace.choose([replace(late, backlog_tokens=9)] * 2).num_draft_tokens)
     # Near the break-even a choice is not taken back and forth.
-    near = Prospect((0.5,) * 4)
+    near = Prospect((0.7,) * 4)
     assert any(paced().choose([near, near]).num_draft_tokens)
-    assert not any(paced().choose([replace(near, backlog_tokens=60)] * 2).num_draft_tokens)
+    assert not any(paced().choose([replace(near, backlog_tokens=90)] * 2).num_draft_tokens)
 
 
 def test_the_least_backlog_is_read_for_a_probe():
-    pace = TogetherPace(Schedule(replace(HOPELESS, read_s=0.001)))
+    pace = TogetherPace(Schedule(replace(PACKED, read_s=0.001)))
     lacks = (900, 9, 30)
-    plan = pace.choose([Prospect((0.9,) * 4, backlog_tokens=count) for count in lacks])
+    plan = pace.choose([Prospect((0.1,) * 4, backlog_tokens=count) for count in lacks])
     assert [k > 0 for k in plan.num_draft_tokens] == [False, True, False]
     assert plan.reads_backlog
 
@@ -231,9 +235,29 @@ def test_drafts_grow_by_one_each_in_a_round_of_streams_never_seen():
     assert sum(pace.choose([*likely, likely[0]]).num_draft_tokens) > 0
 
 
-def test_a_draft_that_never_pays_is_asked_ever_less():
-    pace = TogetherPace(Schedule(HOPELESS))
-    first = Machine(HOPELESS, 0.9, 4).serve(pace, 200)
-    later = Machine(HOPELESS, 0.9, 4).serve(pace, 2000)
+def test_a_draft_that_is_never_right_is_asked_ever_less():
+    pace = TogetherPace(Schedule(PACKED))
+    first = Machine(PACKED, 0.05, 2).serve(pace, 200)
+    later = Machine(PACKED, 0.05, 2).serve(pace, 2000)
     assert first.drafting_rounds > 0
     assert 0 < later.drafting_rounds < 2000 * 0.05
+
+
+def test_a_draft_that_cannot_pay_however_right_is_hardly_asked():
+    pace = TogetherPace(Schedule(HOPELESS))
+    machine = Machine(HOPELESS, 0.9, 4)
+    assert machine.serve(pace, 500).drafting_rounds == 0
+    assert 0 < machine.serve(pace, 2000).drafting_rounds < 2000 * 0.02
+
+
+def test_drafts_begin_for_more_than_they_go_on_for():
+    near = [Prospect((0.55,) * 4)] * 2
+    plain, drafting = (best_plan(PACKED, near, with_model=asked).tokens_per_s for asked in (False, True))
+    assert 1 < drafting / plain < LEAST_SPEEDUP
+    pace = paced()
+    assert not any(pace.choose(near).num_draft_tokens)
+    pace.observe(PACKED.shared_s(2, 2, ()))
+    while not any(pace.choose([Prospect((0.95,) * 4)] * 2).num_draft_tokens):
+        pace.observe(PACKED.shared_s(2, 2, ()))
+    pace.observe(PACKED.shared_s(4, 2, (2,)))
+    assert any(pace.choose(near).num_draft_tokens)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from draftloop.types import Sampling
@@ -77,12 +77,37 @@ class RoundCosts:
         steps_s = sum(self.draft_s + (count - 1) * self.draft_more_s for count in drafting)
         return verify_s + (self.draft_round_s + steps_s if drafting else 0.0)
 
+    def shared_by_drafts(self, sequences: int, most_drafts: int) -> SharedRounds:
+        """The same for every number of drafts."""
+        more_s = (sequences - 1) * self.verify_more_s
+        verify_s = [self.verify_at(sequences + drafts) + more_s for drafts in range(most_drafts + 1)]
+        return SharedRounds(
+            verify_s, [1.0] * len(verify_s), self.draft_round_s, self.draft_s, self.draft_more_s
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRounds:
+    """What rounds of so many sequences cost: factors[m] · (verify_s[m] + drafting), m drafts in all.
+
+    Attributes:
+        verify_s: the target's part, by m.
+        factors: by m; what is known better than the other numbers.
+        draft_round_s, draft_s, draft_more_s: as in `RoundCosts`.
+    """
+
+    verify_s: Sequence[float]
+    factors: Sequence[float]
+    draft_round_s: float
+    draft_s: float
+    draft_more_s: float
+
 
 class SharedPrices(Protocol):
     """Whoever tells what a round of several sequences costs."""
 
-    def shared_s(self, rows: int, sequences: int, drafting: Sequence[int]) -> float:
-        """See `RoundCosts.shared_s`."""
+    def shared_by_drafts(self, sequences: int, most_drafts: int) -> SharedRounds:
+        """Up to so many drafts of all of them together."""
         ...
 
 
@@ -121,6 +146,7 @@ class LiveCosts:
         self._corrections: dict[tuple[int, bool], float] = {}
         self._shared: dict[int, dict[int, _Seen]] = {}
         """By the number of sequences, and the drafts that they have each, rounded up."""
+        self._by_sequences: dict[int, SharedRounds] = {}
 
     def now(self) -> CorrectedCosts:
         """As they are known now; later rounds do not change them."""
@@ -136,13 +162,20 @@ class LiveCosts:
         surprise = self._surprise(seconds, calibrated_s, correction)
         self._corrections[kind] = correction + _OWN_STEP * surprise
 
-    def shared_s(self, rows: int, sequences: int, drafting: Sequence[int]) -> float:
-        """As `RoundCosts.shared_s`, corrected by such rounds; where there were none, by the most alike."""
-        seen, correction = self._most_alike(sequences), 0.0
-        if seen:
-            wanted = _drafts_each(rows, sequences)
-            correction = seen[min(seen, key=lambda each: (abs(each - wanted), each))].correction
-        return self.calibrated.shared_s(rows, sequences, drafting) * math.exp(correction)
+    def shared_by_drafts(self, sequences: int, most_drafts: int) -> SharedRounds:
+        """As calibrated, corrected by such rounds; where there were none, by the most alike."""
+        rounds = self._by_sequences.get(sequences)
+        if rounds is None or len(rounds.verify_s) <= most_drafts:
+            rounds = self.calibrated.shared_by_drafts(sequences, most_drafts)
+            self._by_sequences[sequences] = rounds
+        seen = self._most_alike(sequences)
+        if not seen:
+            return rounds
+        factors = []
+        for each in range(_drafts_each(sequences + most_drafts, sequences) + 1):
+            alike = seen[min(seen, key=lambda known: (abs(known - each), known))]
+            factors += [math.exp(alike.correction)] * (sequences if each else 1)
+        return replace(rounds, factors=factors)
 
     def observe_shared(self, rows: int, sequences: int, drafting: Sequence[int], seconds: float) -> None:
         """Learn from a round of several sequences that read no backlog.

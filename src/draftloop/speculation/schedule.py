@@ -155,7 +155,7 @@ class Probes:
         self._left = self._drafting_rounds = 0
         self._granted_s = self._unread_s = 0.0
 
-    def due(self, backlog_s: float, loss_s: float) -> bool:
+    def due(self, backlog_s: float, loss_s: float, *, hopeless: bool = False) -> bool:
         """Whether to probe now.
 
         A probe that was postponed pays for what the backlog has grown meanwhile; where the allowance lacks
@@ -164,6 +164,7 @@ class Probes:
         Args:
             backlog_s: what the draft's catching up takes.
             loss_s: what each of the probe's rounds is expected to lose.
+            hopeless: even a far better draft would lose, unless costs are other than believed.
         """
         paid_s, self._unread_s = self._unread_s, 0.0
         if self._left:
@@ -174,7 +175,8 @@ class Probes:
                 return True
             self._allowance_s, self._left = self._allowance_s + paid_s, 0
         price_s = backlog_s + PROBE_ROUNDS * loss_s
-        if self._rounds < self._gap or self._allowance_s < price_s:
+        gap = LONGEST_GAP_ROUNDS if hopeless else self._gap
+        if self._rounds < gap or self._allowance_s < price_s:
             return False
         self._allowance_s -= price_s
         self._gap = min(max(2 * self._gap, SHORTEST_GAP_ROUNDS), LONGEST_GAP_ROUNDS)

@@ -20,8 +20,15 @@ from draftloop.speculation.schedule import HORIZON_TOKENS, best_choice
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from draftloop.speculation.costs import SharedPrices
+    from draftloop.speculation.costs import SharedPrices, SharedRounds
     from draftloop.speculation.schedule import Schedule
+
+
+LEAST_SPEEDUP = 1.1
+"""Prices are as wrong as that, and streams that draft in turns with plain rounds lag and catch up."""
+
+GOOD_CHANCE = 0.95
+"""Of the drafts of a model that is as good a draft as they ever are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,89 +86,116 @@ def best_plan(
         prospects: one for each stream, at least one.
         with_model: whether the draft model is asked for those who are not settled: at least for one of
             them, where there is one. Else for nobody.
-        most_each: drafts for each stream on the average, beside what is settled; None: as many as there are.
+        most_each: of the model's for each stream on the average, beside what is settled, at least 1; None:
+            as many as there are.
     """
-    most = None if most_each is None else most_each * len(prospects)
-    deepest = max((len(one.chances) for one in prospects if with_model and _asks(one)), default=0)
-    best: Plan | None = None
-    for depth in range(min(1, deepest), deepest + 1):
-        growing = _Growing(costs, prospects)
-        for draft in (None, *_by_gain(prospects, depth)[:most]):
-            if draft is not None:
-                growing.add(*draft)
-            better = best is None or growing.tokens_per_s > best.tokens_per_s
-            if better and (growing.asked or not depth):
-                best = growing.plan()
-    if best is None:
+    count, offered = len(prospects), sum(len(one.chances) for one in prospects)
+    if not count:
         raise ValueError("there is no plan for no streams")
-    return best
+    growing = _Growing(costs.shared_by_drafts(count, offered), prospects)
+    most = max(1, offered) if most_each is None else most_each * count
+    drafts = _by_gain(prospects)
+    deepest = max((len(one.chances) for one in prospects if with_model and _asks(one)), default=0)
+    depths = range(1, deepest + 1) if deepest else (0,)
+    return max((growing.best(drafts, depth, most) for depth in depths), key=lambda plan: plan.tokens_per_s)
 
 
 def _asks(prospect: Prospect) -> bool:
     return prospect.by_model and not prospect.settled
 
 
-def _by_gain(prospects: Sequence[Prospect], depth: int) -> list[tuple[int, float]]:
-    """(stream, expected tokens) of every draft that may be added, a model's as far as `depth`; best first."""
+def _by_gain(prospects: Sequence[Prospect]) -> list[tuple[float, int, int]]:
+    """(expected tokens, stream, place in its draft) of every draft that may be added; best first."""
     drafts = []
     for stream, one in enumerate(prospects):
         kept = 1.0
-        for chance in () if one.settled else one.chances[: depth if one.by_model else None]:
+        for place, chance in enumerate(() if one.settled else one.chances):
             kept *= chance
-            drafts.append((stream, kept))
+            drafts.append((kept, stream, place))
     # A stable sort keeps the drafts of a stream in their order.
-    return sorted(drafts, key=lambda draft: -draft[1])
+    return sorted(drafts, key=lambda draft: -draft[0])
 
 
 class _Growing:
-    """A plan to which drafts are added."""
+    """Adds draft after draft to what others have settled. It runs in every round, so it only adds numbers."""
 
-    def __init__(self, costs: SharedPrices, prospects: Sequence[Prospect]) -> None:
+    def __init__(self, costs: SharedRounds, prospects: Sequence[Prospect]) -> None:
         self._costs, self._prospects = costs, prospects
-        self._ks = [0] * len(prospects)
-        self._drafting: list[int] = []
+        self._settled = [
+            (stream, place, one.by_model)
+            for stream, one in enumerate(prospects)
+            if one.settled
+            for place in range(len(one.chances))
+        ]
         self._tokens = float(len(prospects))
-        self.asked = False
-        for stream, one in enumerate(prospects):
+        for one in prospects:
             kept = 1.0
             for chance in one.chances if one.settled else ():
                 kept *= chance
-                self._draft(stream, kept)
+                self._tokens += kept
 
-    def add(self, stream: int, gain: float) -> None:
-        """One more draft of a stream that is not settled."""
-        self.asked = self.asked or self._prospects[stream].by_model
-        self._draft(stream, gain)
+    def best(self, drafts: Sequence[tuple[float, int, int]], depth: int, most: int) -> Plan:
+        """The best beginning of `drafts`, of the draft model's those whose place is below `depth`.
 
-    @property
-    def round_s(self) -> float:
-        """What it takes."""
-        rows = len(self._ks) + sum(self._ks)
-        return self._costs.shared_s(rows, len(self._ks), self._drafting)
+        Args:
+            drafts: as `_by_gain` has them.
+            depth: 0 asks the draft model for nobody, else it is asked for somebody.
+            most: of the draft model's, at least 1.
+        """
+        by_model = [one.by_model for one in self._prospects]
+        asking = [0] * max(depth, *(place + 1 for _, place, _ in self._settled), 0)
+        drafting_s = 0.0
+        for _, place, asked in self._settled:
+            drafting_s += self._step_s(asking, place) if asked else 0.0
+        tokens, total, left = self._tokens, len(self._settled), most
+        added: list[tuple[float, int, int]] = []
+        best, best_speed = 0, 0.0 if depth else self._speed(tokens, total, drafting_s)
+        for draft in drafts:
+            kept, stream, place = draft
+            if by_model[stream]:
+                if place >= depth or not left:
+                    continue
+                drafting_s += self._step_s(asking, place)
+                left -= 1
+            added.append(draft)
+            tokens += kept
+            speed = self._speed(tokens, total + len(added), drafting_s)
+            if speed > best_speed and (left < most or not depth):
+                best, best_speed = len(added), speed
+        return self._plan(added[:best], best_speed)
 
-    @property
-    def tokens_per_s(self) -> float:
-        """Expected of all streams together."""
-        return self._tokens / self.round_s
+    def _step_s(self, asking: list[int], place: int) -> float:
+        """What one more sequence in the draft's step `place` takes; it is counted."""
+        asking[place] += 1
+        if asking[place] > 1:
+            return self._costs.draft_more_s
+        return self._costs.draft_s + (0.0 if place else self._costs.draft_round_s)
 
-    def plan(self) -> Plan:
-        """As it stands."""
-        taken = zip(self._prospects, self._ks, strict=True)
+    def _speed(self, tokens: float, drafts: int, drafting_s: float) -> float:
+        return tokens / (self._costs.factors[drafts] * (self._costs.verify_s[drafts] + drafting_s))
+
+    def _plan(self, added: Sequence[tuple[float, int, int]], tokens_per_s: float) -> Plan:
+        ks, drafting, tokens = [0] * len(self._prospects), [], self._tokens
+        for stream, _, _ in self._settled:
+            ks[stream] += 1
+        for kept, stream, _ in added:
+            ks[stream] += 1
+            tokens += kept
+        asked = [k for k, one in zip(ks, self._prospects, strict=True) if one.by_model]
+        drafting = [sum(k > place for k in asked) for place in range(max(asked, default=0))]
+        lagging = zip(ks, self._prospects, strict=True)
         return Plan(
-            num_draft_tokens=tuple(self._ks),
-            drafting=tuple(self._drafting),
-            tokens_per_s=self.tokens_per_s,
-            round_s=self.round_s,
-            reads_backlog=any(k > 0 and one.backlog_tokens > 0 for one, k in taken),
+            num_draft_tokens=tuple(ks),
+            drafting=tuple(drafting),
+            tokens_per_s=tokens_per_s,
+            round_s=tokens / tokens_per_s,
+            reads_backlog=any(k > 0 and one.backlog_tokens > 0 for k, one in lagging),
         )
 
-    def _draft(self, stream: int, gain: float) -> None:
-        if self._prospects[stream].by_model:
-            depth = self._ks[stream]
-            self._drafting += [0] if depth == len(self._drafting) else []
-            self._drafting[depth] += 1
-        self._ks[stream] += 1
-        self._tokens += gain
+
+def _saved_s(plain: Plan, promised: Plan) -> float:
+    """Of each token of all streams together."""
+    return 1 / plain.tokens_per_s - 1 / promised.tokens_per_s
 
 
 class TogetherPace:
@@ -170,6 +204,12 @@ class TogetherPace:
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
         self._plan: Plan | None = None
+        self._drafts = False
+        self._company = 0
+
+    def expect(self, count: int) -> None:
+        """So many streams are answered at a time, those included whose prompts are still being read."""
+        self._company = count
 
     def favourite(self, prospects: Sequence[Prospect]) -> int:
         """Which of several drafters promises a stream most, backlogs counted; of equals the first."""
@@ -180,25 +220,36 @@ class TogetherPace:
         return seconds.index(min(seconds))
 
     def choose(self, prospects: Sequence[Prospect]) -> Plan:
-        """K of each stream. The draft is probed as for one stream, out of the same allowance."""
-        probes = self._schedule.probes
-        plain = best_plan(self._schedule.costs, prospects, with_model=False)
-        self._plan = plain
+        """K of each stream. The draft is probed as for one stream, out of the same allowance.
+
+        Catching up is paid for many rounds, so drafts begin only where they promise more than prices may be
+        wrong by, and go on while they promise anything.
+        """
+        probes, costs = self._schedule.probes, self._schedule.costs
+        plain = best_plan(costs, prospects, with_model=False)
         asked = [index for index, one in enumerate(prospects) if _asks(one) and one.chances]
-        drafting, speedup = self._drafting(prospects, asked, plain)
-        ready = [index for index in asked if self._pays(prospects[index], plain, speedup)]
+        promised = self._drafting(prospects, asked, plain)
+        ready = [index for index in asked if self._pays(prospects[index], plain, promised)]
         if len(ready) < len(asked):
-            drafting, speedup = self._drafting(prospects, ready, plain)
-        if speedup > 1:
-            probes.soon()
+            promised = self._drafting(prospects, ready, plain)
+        self._drafts = promised.tokens_per_s > plain.tokens_per_s * (1 if self._drafts else LEAST_SPEEDUP)
+        self._plan = plain
+        # Who is about to join changes what pays: what is found out before says nothing of later rounds.
+        settled = len(prospects) >= self._company
+        if self._drafts:
+            if settled:
+                probes.soon()
             # Drafts are set off against what so many streams take without them, so that is looked at first.
-            known = self._schedule.costs.knows_shared(plain.rows, len(prospects))
-            self._plan = drafting if known and not probes.alone_due else plain
-        elif asked:
+            if costs.knows_shared(plain.rows, len(prospects)) and not probes.alone_due:
+                # What drafts cost is found out a step at a time: a guess too high is dear for all.
+                most_each = costs.most_drafts_known(len(prospects)) + 1
+                self._plan = self._drafting(prospects, ready, plain, most_each)
+        elif asked and settled:
             cheapest = min(asked, key=lambda index: prospects[index].backlog_tokens)
-            probing, speedup = self._drafting(prospects, [cheapest], plain)
-            loss_s = max(0.0, probing.round_s * (1 - speedup))
-            if probes.due(self._read_s(prospects[cheapest]), loss_s):
+            probing = self._drafting(prospects, [cheapest], plain, 1)
+            loss_s = max(0.0, probing.round_s * (1 - probing.tokens_per_s / plain.tokens_per_s))
+            hopeless = self._hopeless(prospects, plain)
+            if probes.due(self._read_s(prospects[cheapest]), loss_s, hopeless=hopeless):
                 self._plan = probing
         return self._plan
 
@@ -206,29 +257,40 @@ class TogetherPace:
         """Whether the draft shall read what it lacks at once, beside so many streams of the same prospect."""
         prospects = [prospect] * count
         plain = best_plan(self._schedule.costs, prospects, with_model=False)
-        _, speedup = self._drafting(prospects, range(count), plain)
-        return self._pays(prospect, plain, speedup)
+        promised = self._drafting(prospects, range(count), plain)
+        worth = promised.tokens_per_s > plain.tokens_per_s * LEAST_SPEEDUP
+        return worth and self._read_s(prospect) <= prospect.ahead_tokens * _saved_s(plain, promised)
 
-    def _pays(self, prospect: Prospect, plain: Plan, speedup: float) -> bool:
-        """Whether its backlog does, where all streams together are so much faster than by the plain plan."""
-        saved_s = (1 - 1 / speedup) / plain.tokens_per_s
+    def _pays(self, prospect: Prospect, plain: Plan, promised: Plan) -> bool:
+        """Whether its backlog does. Where others are about to join, it is they who decide."""
+        if prospect.backlog_tokens and self._company > len(plain.num_draft_tokens):
+            return self.reads_along(prospect, self._company)
+        saved_s = _saved_s(plain, promised)
         return saved_s > 0 and self._read_s(prospect) <= prospect.ahead_tokens * saved_s
+
+    def _hopeless(self, prospects: Sequence[Prospect], plain: Plan) -> bool:
+        """Whether a draft as good as they ever are would not be worth asking either."""
+        good = [
+            replace(one, chances=(GOOD_CHANCE,) * len(one.chances)) if _asks(one) else one
+            for one in prospects
+        ]
+        promised = best_plan(self._schedule.costs, good, with_model=True)
+        return promised.tokens_per_s <= plain.tokens_per_s * LEAST_SPEEDUP
 
     def _read_s(self, prospect: Prospect) -> float:
         return prospect.backlog_tokens * self._schedule.costs.calibrated.read_s
 
-    def _drafting(self, prospects: Sequence[Prospect], who: Sequence[int], plain: Plan) -> tuple[Plan, float]:
-        """The best plan that asks the model for some of these streams, and its speed over the plain one's."""
+    def _drafting(
+        self, prospects: Sequence[Prospect], who: Sequence[int], plain: Plan, most_each: int | None = None
+    ) -> Plan:
+        """The best plan that asks the model for some of these streams; where they are none, the plain one."""
         if not who:
-            return plain, 1.0
+            return plain
         open_ones = [
             replace(one, chances=()) if _asks(one) and index not in who else one
             for index, one in enumerate(prospects)
         ]
-        # What drafts cost so many streams is found out a step at a time: a guess too high is dear for all.
-        most_each = self._schedule.costs.most_drafts_known(len(prospects)) + 1
-        plan = best_plan(self._schedule.costs, open_ones, with_model=True, most_each=most_each)
-        return plan, plan.tokens_per_s / plain.tokens_per_s
+        return best_plan(self._schedule.costs, open_ones, with_model=True, most_each=most_each)
 
     def observe(self, seconds: float | None) -> None:
         """The round that was chosen for took so long; None where that says nothing of the models."""
@@ -241,4 +303,5 @@ class TogetherPace:
         if plan.drafting:
             probes.passed_drafting()
         else:
-            probes.passed_alone(plan.round_s)
+            # All streams pay for a probe, and one of them is looked at: it is granted that one's part.
+            probes.passed_alone(plan.round_s / count)
