@@ -14,6 +14,8 @@ from draftloop.engine import Completion, Engine, Request, RoundDone
 from draftloop.loading import load_engine
 from draftloop.models.messages import Message
 from draftloop.models.resolve import resolve
+from draftloop.speculation.experience import Experience
+from draftloop.speculation.suffix import SuffixIndex
 from draftloop.types import Sampling
 
 from .prompts import COPYING, PROMPTS
@@ -104,7 +106,10 @@ def test_suffix_matches_say_what_the_target_says(engine: Engine, num_draft_token
     assert kept > 10
 
 
-def test_answers_made_together_are_those_made_alone(engine: Engine) -> None:
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_answers_made_together_are_those_made_alone(engine: Engine, adaptive: bool) -> None:
+    # Where rounds choose their drafts they soon have none beside four others; fixed, they all do.
+    experience = None if adaptive else Experience(None, SuffixIndex(0))
     requests = [asked(engine, prompt, 4, max_tokens=24, num_suffix_tokens=15) for prompt in PROMPTS[:6]]
     together: dict[Member, Completion] = {}
     shared = 0
@@ -112,12 +117,13 @@ def test_answers_made_together_are_those_made_alone(engine: Engine) -> None:
         waiting, members = list(requests), []
         while waiting or batch.members:
             while waiting and batch.places:
-                members.append(batch.join(waiting.pop(0)))
+                members.append(batch.join(waiting.pop(0), experience=experience))
             for member, event in batch.step():
                 shared += isinstance(event, RoundDone) and event.outcome.seconds is None
                 if isinstance(event, Completion):
                     together[member] = event
     assert shared > 10
+    assert adaptive or sum(one.tally.accepted_tokens for one in together.values()) > 20
     for member, request in zip(members, requests, strict=True):
         alone = engine.complete(request)
         pairs = zip(alone.token_ids, together[member].token_ids, strict=False)
