@@ -19,10 +19,10 @@ from draftloop.answers import Failed, PromptProgress, PutOff, RoundDone
 from draftloop.errors import OutOfMemory
 from draftloop.learning.recorder import CANCELLED
 from draftloop.speculation.pieces import PieceLengths
+from draftloop.speculation.plans import Prospect
 from draftloop.speculation.round import run_round
 from draftloop.speculation.schedule import HORIZON_TOKENS
 from draftloop.speculation.stream import PREFILL_CHUNK_TOKENS, PromptReading, check_fits
-from draftloop.speculation.together import Prospect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draftloop.speculation.costs import RoundCosts
+from draftloop.speculation.plans import Prospect, best_plan
 from draftloop.speculation.schedule import PROBE_SHARE, Schedule, best_choice
-from draftloop.speculation.together import LEAST_SPEEDUP, Prospect, TogetherPace, best_plan
+from draftloop.speculation.together import LEAST_SPEEDUP, TogetherPace
 
 CHANCES = st.floats(0, 1)
 PACKED = RoundCosts(

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from draftloop.backends.base import NO_PROPOSAL, PrefillJob, Proposal, ProposeJob
 from draftloop.errors import OutOfMemory
+from draftloop.speculation.plans import Prospect
 from draftloop.speculation.schedule import HORIZON_TOKENS, Choice
 from draftloop.speculation.shortage import in_parts
 from draftloop.speculation.stream import PREFILL_CHUNK_TOKENS
-from draftloop.speculation.together import Prospect
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
