@@ -1,8 +1,9 @@
-"""A round on MLX with its steps traced once and with graphs built anew, in turn, on toys.
+"""Rounds on MLX, on toys: steps traced once against graphs built anew; sequences together against in turn.
 
-`python benchmarks/mlx_steps.py [--layers 24] [--rounds 40]`. Toys are so small that a round's time is
-Python's and the launches' alone: what a compiled step can save. Prints milliseconds a round and the median of
-the paired ratios. Needs mlx and mlx-lm.
+`python benchmarks/mlx_steps.py [--layers 24] [--rounds 40] [--sequences 1,2,4,8,16]`. Toys are so small that
+a round's time is Python's and the launches' alone: what compiling and sharing a forward can save. Modes take
+turns round by round. Prints milliseconds a round, total tokens a second and the median of the paired ratios.
+Needs mlx and mlx-lm.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from draftloop.backends.mlx.backend import SWITCH, MlxBackend
 from draftloop.speculation.round import run_round
 from draftloop.speculation.stream import Conversation, DecodeSettings, Pair, Stream, read_prompt
 from draftloop.types import Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Round = tuple[Pair, list[list[Stream]]]
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -26,51 +33,110 @@ import toys
 
 PROMPT = [token % 200 for token in range(3, 43)]
 WARM_UP_ROUNDS = 4
+SAMPLINGS = (("greedy", Sampling()), ("temperature 0.7, top-p 0.9", Sampling(0.7, 0.9)))
 
 
-def begin(pair: Pair, sampling: Sampling, k: int, max_tokens: int) -> Stream:
-    """A stream whose prompt is read."""
+def begin(pair: Pair, sampling: Sampling, k: int, max_tokens: int, seed: int = 1) -> Stream:
+    """A stream whose prompt is read, of another length for each seed."""
     conversation = Conversation(pair)
-    for _ in read_prompt(pair, conversation, PROMPT):
+    for _ in read_prompt(pair, conversation, PROMPT[seed % len(PROMPT) :] or PROMPT):
         pass
-    settings = DecodeSettings(sampling, max_tokens, frozenset(), k, seed=1, min_tokens=1, trace=True)
+    settings = DecodeSettings(sampling, max_tokens, frozenset(), k, seed=seed, min_tokens=1, trace=True)
     return Stream(conversation, settings)
+
+
+def in_turns(modes: dict[str, Round], rounds: int) -> dict[str, list[tuple[float, int]]]:
+    """Seconds and tokens of each mode's rounds; a mode's round is one of each of its batches."""
+    took: dict[str, list[tuple[float, int]]] = {name: [] for name in modes}
+    for turn in range(WARM_UP_ROUNDS + rounds):
+        for name in sorted(modes, reverse=bool(turn % 2)):
+            pair, batches = modes[name]
+            started_s = time.perf_counter()
+            outcomes = [outcome for batch in batches for outcome in run_round(pair, batch)]
+            seconds = time.perf_counter() - started_s
+            took[name].append((seconds, sum(len(outcome.tokens) for outcome in outcomes)))
+    return {name: one[WARM_UP_ROUNDS:] for name, one in took.items()}
+
+
+def ratio(slow: Sequence[tuple[float, int]], fast: Sequence[tuple[float, int]]) -> float:
+    """The median over the pairs of rounds; both modes make the same tokens."""
+    return statistics.median(a / b for (a, _), (b, _) in zip(slow, fast, strict=True))
+
+
+def median_ms(rounds: Sequence[tuple[float, int]]) -> float:
+    """Of the rounds' times."""
+    return 1000 * statistics.median(seconds for seconds, _ in rounds)
+
+
+def tokens_per_s(rounds: Sequence[tuple[float, int]]) -> float:
+    """Of all rounds."""
+    return sum(tokens for _, tokens in rounds) / sum(seconds for seconds, _ in rounds)
+
+
+def compare_tracing(pairs: dict[str, Pair], rounds: int, k: int, room: int) -> None:
+    """One sequence, compiled and anew."""
+    for label, sampling in SAMPLINGS:
+        took = in_turns(
+            {name: (pair, [[begin(pair, sampling, k, room)]]) for name, pair in pairs.items()}, rounds
+        )
+        compiled, anew = took["compiled"], took["anew"]
+        print(
+            f"{label}: {median_ms(compiled):.2f} ms a round compiled, {median_ms(anew):.2f} anew; "
+            f"ratio {ratio(anew, compiled):.2f}"
+        )
+
+
+def compare_batching(pair: Pair, name: str, counts: Sequence[int], rounds: int, k: int, room: int) -> None:
+    """Several sequences, in shared rounds and each in its own."""
+    for label, sampling in SAMPLINGS:
+        for count in counts:
+            together, alone = (
+                [begin(pair, sampling, k, room, seed) for seed in range(count)] for _ in range(2)
+            )
+            took = in_turns(
+                {"together": (pair, [together]), "in turn": (pair, [[one] for one in alone])}, rounds
+            )
+            shared, own = took["together"], took["in turn"]
+            print(
+                f"{label}, {name}, {count} sequences: {tokens_per_s(shared):.0f} tok/s together, "
+                f"{tokens_per_s(own):.0f} in turn; ratio {ratio(own, shared):.2f}",
+                flush=True,
+            )
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--num-draft-tokens", type=int, default=4)
+    parser.add_argument("--sequences", default="", help="such as 1,2,4,8,16: together against in turn")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"))
     given = parser.parse_args()
-    room = len(PROMPT) + (given.rounds + WARM_UP_ROUNDS + 1) * (given.num_draft_tokens + 1)
+    k = given.num_draft_tokens
+    room = len(PROMPT) + (given.rounds + WARM_UP_ROUNDS + 1) * (k + 1)
     with tempfile.TemporaryDirectory() as folder:
-        folders = toys.write_toy_pair(Path(folder), num_layers=given.layers, noise=0.05)
+        folders = toys.write_toy_pair(
+            Path(folder),
+            num_layers=given.layers,
+            hidden_size=given.hidden_size,
+            intermediate_size=2 * given.hidden_size,
+            noise=0.05,
+        )
         pairs = {}
         for name, switch in (("compiled", "1"), ("anew", "0")):
             os.environ[SWITCH] = switch
             backend = MlxBackend(given.device)
             pairs[name] = Pair(*(backend.load(one, max_kv_cache_tokens=room) for one in folders))
             print(name, "on", backend.capabilities().device)
-        for label, sampling in (("greedy", Sampling()), ("temperature 0.7, top-p 0.9", Sampling(0.7, 0.9))):
-            streams = {
-                name: begin(pair, sampling, given.num_draft_tokens, room) for name, pair in pairs.items()
-            }
-            took: dict[str, list[float]] = {name: [] for name in pairs}
-            for turn in range(WARM_UP_ROUNDS + given.rounds):
-                for name in sorted(pairs, reverse=bool(turn % 2)):
-                    started_s = time.perf_counter()
-                    run_round(pairs[name], [streams[name]])
-                    took[name].append(1000 * (time.perf_counter() - started_s))
-            compiled, anew = (took[name][WARM_UP_ROUNDS:] for name in ("compiled", "anew"))
-            ratio = statistics.median(b / a for a, b in zip(compiled, anew, strict=True))
-            print(
-                f"{label}: K = {given.num_draft_tokens}, {given.layers} layers: "
-                f"{statistics.median(compiled):.2f} ms a round compiled, "
-                f"{statistics.median(anew):.2f} anew; ratio {ratio:.2f}"
-            )
+    print(f"K = {k}, {given.layers} layers of {given.hidden_size}")
+    if not given.sequences:
+        compare_tracing(pairs, given.rounds, k, room)
+        return
+    counts = [int(count) for count in given.sequences.split(",")]
+    for name, pair in pairs.items():
+        compare_batching(pair, name, counts, given.rounds, k, room)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class CutHead:
         return sum(array.nbytes for array in self._arrays())
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """[T, D] -> [T, n], a column for each id that was kept."""
+        """[…, D] -> […, n], a column for each id that was kept."""
         if not self._quantization:
             dense: mx.array = hidden @ self._weight.T
             return dense
@@ -62,9 +62,9 @@ class CutHead:
         return self._ids[columns]
 
     def spread(self, rows: mx.array, elsewhere: float) -> mx.array:
-        """[R, n] -> [R, V], columns that are token ids."""
-        spread = mx.full((rows.shape[0], self._vocab_size), elsewhere, rows.dtype)
-        spread[:, self._ids] = rows
+        """[…, n] -> […, V], columns that are token ids."""
+        spread = mx.full((*rows.shape[:-1], self._vocab_size), elsewhere, rows.dtype)
+        spread[..., self._ids] = rows
         return spread
 
     def _arrays(self) -> Sequence[mx.array]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from draftloop.backends.mlx.acceptance import Stages, mask, numbers_of, warp
+from draftloop.backends.mlx.acceptance import Stages, bar, barred_tokens, numbers_of, warp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,11 +65,14 @@ def replay(
 def _alphas(logits: mx.array, example: Example, start: int, stop: int) -> mx.array:
     """Rows `start` to `stop` of the example: logits [R, V] → alphas [R] float32."""
     rules = example.rules
-    scores = mask(logits, rules.masked_ids, rules.masked_rows - start)
+    scores = logits.astype(mx.float32)
+    if rules.masked_rows > start:
+        barred = mx.array(barred_tokens(rules.masked_ids, scores.shape[1]))
+        scores = bar(scores, barred, mx.array(rules.masked_rows - start))
     if rules.sampling.greedy:
         text = mx.array(example.tokens[example.num_prompt_tokens :][start:stop])
         return (scores.argmax(axis=-1).astype(mx.int32) == text).astype(mx.float32)
-    q = warp(scores, Stages.of(rules.sampling), numbers_of(rules.sampling))
+    q = warp(scores, Stages.of(rules.sampling), numbers_of([rules.sampling])[0])
     ids = mx.array(example.top_ids[start:stop])
     inside = mx.take_along_axis(q, mx.minimum(ids, q.shape[1] - 1), axis=-1)
     top = mx.where(ids < q.shape[1], inside, 0.0)

@@ -1,75 +1,46 @@
-"""The steps of a round on one mlx-lm network, as graphs that are traced once and then reused.
+"""One mlx-lm network in a round: tokens of several sequences in, what is decided by their logits out.
 
-Contract: everything here is lazy; nothing is brought to the host. A step is a pure function of tokens,
-numbers and the cache's arrays. Compiled, Python builds its graph once for each kind, width and capacity of
-the cache; else mlx-lm builds it anew each time. Both compute the same. Must not know requests or policy.
+Contract: one forward for all sequences of a step; everything here is lazy, nothing is brought to the host. A
+step is a pure function of tokens, numbers and the caches' arrays. Compiled, Python builds its graph once for
+each kind, number of rows, width and capacity; else anew each time. Both compute the same. Must not know
+requests or policy, nor what is decided.
 
-What makes whole steps compilable: mlx-lm's own cache keeps its length in a Python number, which a trace would
-take for a constant. Within a trace attention therefore sees `_Layer` instead: the length is an array, and all
-of the arrays is read, with what lies behind the length masked away.
+mlx-lm's own cache keeps its length in a Python number, which a trace would take for a constant, and has one
+length for all sequences. Attention therefore sees `_Layer` instead: the lengths are an array, and all of the
+arrays is read, with what lies behind each length masked away. Sequences of fewer tokens are padded on the
+right: nobody sees what that writes.
 
-Letters: T tokens of the step, K draft tokens, V vocabulary, S capacity of the cache.
+Letters: n sequences, R rows of the arrays they lie in (at least n), T tokens of the widest, V vocabulary,
+S capacity of the arrays.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 
-from draftloop.backends.biases import target_biases
-from draftloop.backends.mlx.acceptance import (
-    Stages,
-    accept,
-    bar,
-    barred_tokens,
-    draw,
-    numbers_of,
-    top_tokens,
-    warp,
-)
+from draftloop.backends.mlx.cache import together
+from draftloop.backends.mlx.parts import Part
 from draftloop.backends.mlx.replay import head_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from numpy.typing import NDArray
+    from collections.abc import Callable, Hashable, Sequence
 
     from draftloop.backends.architecture import Architecture
-    from draftloop.backends.base import VerifyJob
-    from draftloop.backends.mlx.cache import MlxCache
+    from draftloop.backends.mlx.cache import Layers, MlxCache
     from draftloop.backends.mlx.head import CutHead
-    from draftloop.types import Rules
-
-    Function = Callable[..., list[mx.array]]
+    from draftloop.backends.mlx.parts import Decide
 
 MOST_TRACED_TOKENS = 96
 """A wider step is a backlog or a prompt, whose width does not come again."""
 MOST_TRACES = 256
 """Beyond so many all of them are forgotten."""
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What decides which operations a step consists of.
-
-    Attributes:
-        name: `logits`, `draft` or `verify`.
-        stages: the warping's.
-        masked: whether some rows have barred tokens.
-        biased: whether something is added to each row.
-        point_mass: whether the drafts come without q.
-        trace: whether the top tokens are wanted.
-    """
-
-    name: str
-    stages: Stages | None = None
-    masked: bool = False
-    biased: bool = False
-    point_mass: bool = False
-    trace: bool = False
+MOST_IDLE_DRAFT_STEPS = 64
+"""Which sequences are drafted for changes from round to round: for so many steps the others' rows are
+computed along, rather than all copied. Whom a verification leaves out has left."""
 
 
 class Steps:
@@ -89,7 +60,7 @@ class Steps:
         self._network = network
         self._cut = cut
         self._compiled = compiled
-        self._traced: dict[tuple[Kind, int, int], Any] = {}
+        self._traced: dict[Hashable, Any] = {}
 
     def forget(self) -> None:
         """Trace anew: a trace holds the weights that it was made with."""
@@ -97,208 +68,193 @@ class Steps:
 
     def read(self, cache: MlxCache, tokens: mx.array) -> None:
         """Append tokens [T] without looking at the logits: the head is never computed."""
-        cache.make_room(tokens.size)
-        self._hidden(cache.layers, tokens)
+        self._hidden_alone(cache, tokens[None])
 
     def logits(self, cache: MlxCache, tokens: mx.array) -> mx.array:
-        """Append tokens [T] int32: logits [T, V] in the model's own dtype."""
-        return self._run(Kind("logits"), cache, tokens.size, [tokens])[0]
+        """Append tokens [T] int32: logits [T, V] in the model's own dtype; -inf where the head is cut."""
+        part = Part("logits", lambda logits: [logits], [], 1, tokens.size)
+        return self.verify([cache], tokens[None], [tokens.size], [part])[0][0][0]
 
-    def draft(
-        self,
-        cache: MlxCache,
-        tokens: mx.array,
-        rules: Rules,
-        *,
-        row: int,
-        uniform: mx.array,
-        bias: NDArray[np.float32] | None = None,
-    ) -> tuple[mx.array, mx.array | None]:
-        """Append tokens [T] and draw the one behind them.
+    def verify(
+        self, caches: Sequence[MlxCache], tokens: mx.array, widths: Sequence[int], parts: Sequence[Part]
+    ) -> list[list[mx.array]]:
+        """Append tokens and decide by all their rows.
 
         Args:
-            cache: the draft's.
-            tokens: [T] int32.
-            rules: warping and masks.
-            row: how many of the rules' rows went before.
-            uniform: scalar in [0, 1).
-            bias: [V], added to the row of the token that is drawn.
+            caches: n of them, in the order of the parts.
+            tokens: [n, T] int32, padded on the right.
+            widths: how many of them are each sequence's own.
+            parts: what is decided.
 
         Returns:
-            The token, [1] int32, and its distribution [1, V]; None where that is a point mass.
-        """
-        cut, width = self._cut, self._architecture.vocab_size
-        if cut is not None:
-            rules, width = cut.vocabulary.rules(rules), len(cut.vocabulary.ids)
-        barred = barred_tokens(rules.masked_ids, width) if rules.masked_rows > row else None
-        inputs = [tokens, numbers_of(rules.sampling), uniform]
-        kind = Kind("draft", Stages.of(rules.sampling), masked=barred is not None, biased=bias is not None)
-        if bias is not None:
-            inputs.append(mx.array(bias if cut is None else bias[cut.vocabulary.ids]))
-        inputs += [] if barred is None else [barred]
-        token, *distribution = self._run(kind, cache, tokens.size, inputs)
-        return token, distribution[0] if distribution else None
+            The outputs of each part.
 
-    def verify(self, cache: MlxCache, job: VerifyJob) -> mx.array:
-        """Append the last token and K drafts, and decide: all of the verdict in one flat float32 array.
-
-        Ids travel as float32 too, which is exact below 2^24.
+        Raises:
+            ValueError: a cache has no room; nothing was read.
         """
-        rules, proposal = job.rules, job.proposal
-        tokens = proposal.tokens if isinstance(proposal.tokens, mx.array) else ids(proposal.tokens)
-        width = self._architecture.vocab_size
-        barred = barred_tokens(rules.masked_ids, width) if rules.masked_rows > 0 else None
-        kind = Kind(
-            "verify",
-            Stages.of(rules.sampling),
-            masked=barred is not None,
-            biased=rules.processor is not None,
-            point_mass=proposal.q is None,
-            trace=job.trace,
+        return self._run(caches, tokens, widths, parts, last=False)
+
+    def draft(
+        self, caches: Sequence[MlxCache], tokens: mx.array, widths: Sequence[int], parts: Sequence[Part]
+    ) -> list[list[mx.array]]:
+        """Append tokens and decide by the last row of each sequence, [n, 1, V] or the columns of a cut head.
+
+        See `verify`. A width of 0 appends nothing; what is decided there means nothing.
+        """
+        return self._run(caches, tokens, widths, parts, last=True)
+
+    def _run(
+        self,
+        caches: Sequence[MlxCache],
+        tokens: mx.array,
+        widths: Sequence[int],
+        parts: Sequence[Part],
+        *,
+        last: bool,
+    ) -> list[list[mx.array]]:
+        for cache, width in zip(caches, widths, strict=True):
+            cache.check_room(width)
+        if len(caches) == 1 and not self._traceable(caches[0], tokens.shape[1]):
+            hidden = self._hidden_alone(caches[0], tokens)
+            logits = self._logits(hidden[:, -1:] if last else hidden, columns=last)
+            return [part.decide(logits, *part.inputs) for part in parts]
+        for cache in caches:
+            self._make_written(cache)
+        rows = together(caches, MOST_IDLE_DRAFT_STEPS if last else 0)
+        n, width = tokens.shape
+        rows.make_room(width)
+        # With one part for all, the forward and what follows from it are one trace.
+        whole = parts[0] if len(parts) == 1 else None
+        key = (None if whole is None else whole.kind, last, n, rows.count, width, rows.capacity)
+        step = self._trace(key, width, self._step(None if whole is None else whole.decide, last=last))
+        outputs, rows.layers = step(
+            rows.layers,
+            [
+                ids(rows.positions),
+                _places(caches, rows.count),
+                ids([cache.row for cache in caches]),
+                ids([max(0, own - 1) for own in widths]),
+            ],
+            tokens,
+            [] if whole is None else whole.inputs,
         )
-        inputs = [
-            mx.concatenate([ids([job.last]), tokens]),
-            numbers_of(rules.sampling),
-            mx.array(job.accept_uniforms),
-            mx.array(job.extra_uniforms),
-        ]
-        if rules.processor is not None:
-            drafted = np.array(tokens).tolist()
-            inputs.append(mx.array(target_biases(rules.processor, drafted, width)))
-        inputs += [] if barred is None else [barred, mx.array(rules.masked_rows)]
-        inputs += [] if proposal.q is None else [proposal.q]
-        return self._run(kind, cache, proposal.num_tokens + 1, inputs)[0]
+        for cache, own in zip(caches, widths, strict=True):
+            rows.positions[cache.row] += own
+        return [outputs] if whole is not None else self._decided(outputs[0], parts)
 
-    def _run(self, kind: Kind, cache: MlxCache, width: int, inputs: list[mx.array]) -> list[mx.array]:
-        cache.make_room(width)
-        first = cache.layers[0]
-        if not self._compiled or first.keys is None or width > MOST_TRACED_TOKENS:
-            return self._function(kind)(cache.layers, *inputs)
-        key = (kind, width, first.keys.shape[2])
+    def _decided(self, logits: mx.array, parts: Sequence[Part]) -> list[list[mx.array]]:
+        """Logits [n, T, V] → the outputs of each part."""
+        outputs, first = [], 0
+        for part in parts:
+            own = logits[first : first + part.count, : part.rows]
+            outputs.append(self._trace((part.kind, *own.shape), part.rows, part.decide)(own, *part.inputs))
+            first += part.count
+        return outputs
+
+    def _step(self, decide: Decide | None, *, last: bool) -> Callable[..., Any]:
+        """The whole step as a function of arrays; its outputs are the logits where nothing is decided yet."""
+
+        def step(
+            arrays: Layers, where: list[mx.array], tokens: mx.array, inputs: list[mx.array]
+        ) -> tuple[list[mx.array], Layers]:
+            positions, places, rows, ends = where
+            seen = positions[:, None] + mx.arange(tokens.shape[1])
+            layers = [_Layer(keys, values, positions, seen) for keys, values in arrays]
+            if len(positions) == 1:
+                hidden = self._hidden(layers, tokens)
+                hidden = hidden[:, -1:] if last else hidden
+            else:
+                hidden = self._hidden(layers, tokens[places])
+                hidden = hidden[rows, ends][:, None] if last else hidden[rows]
+            logits = self._logits(hidden, columns=last)
+            outputs = [logits] if decide is None else decide(logits, *inputs)
+            return outputs, [(layer.keys, layer.values) for layer in layers]
+
+        return step
+
+    def _trace(self, key: Hashable, width: int, function: Callable[..., Any]) -> Any:
+        """The function, compiled where that is worth it."""
+        if not self._compiled or width > MOST_TRACED_TOKENS:
+            return function
         if key not in self._traced:
             if len(self._traced) >= MOST_TRACES:
                 self._traced.clear()
-            self._traced[key] = _traced(self._function(kind))
-        arrays = [(layer.keys, layer.values) for layer in cache.layers]
-        outputs, arrays = self._traced[key](arrays, mx.array(cache.position), inputs)
-        cache.hold(arrays, width)
-        return cast("list[mx.array]", outputs)
+            self._traced[key] = mx.compile(function)
+        return self._traced[key]
 
-    def _function(self, kind: Kind) -> Function:
-        """(layers, inputs) → outputs."""
-        if kind.name == "draft":
-            return self._draft_function(kind)
-        if kind.name == "verify":
-            return self._verify_function(kind)
-        return lambda layers, tokens: [self._forward(layers, tokens)]
+    def _traceable(self, cache: MlxCache, width: int) -> bool:
+        return self._compiled and cache.written and width <= MOST_TRACED_TOKENS
 
-    def _draft_function(self, kind: Kind) -> Function:
-        stages = cast("Stages", kind.stages)
+    def _make_written(self, cache: MlxCache) -> None:
+        """Let the network make the arrays, whose shapes and dtype it alone knows."""
+        if not cache.written:
+            self.read(cache, mx.array([0]))
+            cache.trim(1)
 
-        def draft(
-            layers: list[Any], tokens: mx.array, numbers: mx.array, uniform: mx.array, *rest: mx.array
-        ) -> list[mx.array]:
-            # The head is a good part of a small draft: the last row alone is wanted.
-            scores = self._head(self._hidden(layers, tokens)[-1:]).astype(mx.float32)
-            if kind.biased:
-                scores = scores + rest[0]
-            if kind.masked:
-                scores = bar(scores, rest[-1], 1)
-            q = None if stages.greedy else warp(scores, stages, numbers)
-            token = scores[0].argmax() if q is None else draw(q[0], uniform)
-            if self._cut is not None:
-                token, q = self._cut.token_ids(token), None if q is None else self._cut.spread(q, 0.0)
-            return [token.astype(mx.int32)[None], *([] if q is None else [q])]
-
-        return draft
-
-    def _verify_function(self, kind: Kind) -> Function:
-        stages = cast("Stages", kind.stages)
-
-        def verify(
-            layers: list[Any],
-            text: mx.array,
-            numbers: mx.array,
-            accept_uniforms: mx.array,
-            extra_uniforms: mx.array,
-            *rest: mx.array,
-        ) -> list[mx.array]:
-            # The last token was emitted before; the others are tested.
-            logits, tokens = self._forward(layers, text), text[1:]
-            scores = logits.astype(mx.float32)
-            if kind.biased:
-                scores, rest = scores + rest[0], rest[1:]
-            if kind.masked:
-                scores = bar(scores, rest[0], rest[1])
-            q = None if kind.point_mass else rest[-1]
-            decision = accept(warp(scores, stages, numbers), q, tokens, accept_uniforms, extra_uniforms)
-            parts = [
-                decision.accepted_tokens,
-                decision.extra_token,
-                tokens,
-                decision.alphas,
-                decision.draft_probs,
-                *(top_tokens(logits) if kind.trace else ()),
-            ]
-            return [mx.concatenate([part.astype(mx.float32).reshape(-1) for part in parts])]
-
-        return verify
-
-    def _forward(self, layers: Sequence[Any], tokens: mx.array) -> mx.array:
-        """Logits [T, V] in the model's own dtype; -inf where the head is cut."""
-        logits = self._head(self._hidden(layers, tokens))
-        return logits if self._cut is None else self._cut.spread(logits, -mx.inf)
-
-    def _head(self, hidden: mx.array) -> mx.array:
-        """[T, D] -> [T, V], or the columns of a cut head."""
-        if self._cut is not None:
-            return self._cut.logits(hidden)
-        return head_of(self._network, self._architecture)(hidden)
+    def _hidden_alone(self, cache: MlxCache, tokens: mx.array) -> mx.array:
+        """[1, T] → [1, T, D], by mlx-lm's own cache objects, which read no more than there is."""
+        cache.check_room(tokens.size)
+        cache.part()
+        cache.rows.make_room(tokens.size)
+        layers = make_prompt_cache(self._network)
+        for layer, (keys, values) in zip(layers, cache.rows.layers, strict=False):
+            layer.keys, layer.values, layer.offset = keys, values, cache.position
+        hidden = self._hidden(layers, tokens)
+        cache.take([(layer.keys, layer.values) for layer in layers], layers[0].offset)
+        return hidden
 
     def _hidden(self, layers: Sequence[Any], tokens: mx.array) -> mx.array:
-        """[T, D]. An id past the vocabulary (the other model's padding) reads as the last row."""
+        """[R, T] → [R, T, D]. An id past the vocabulary (the other model's padding) reads as the last row."""
         inside = mx.minimum(tokens, self._architecture.vocab_size - 1)
-        return cast("mx.array", self._network.model(inside[None], cache=layers)[0])
+        return cast("mx.array", self._network.model(inside, cache=layers))
+
+    def _logits(self, hidden: mx.array, *, columns: bool) -> mx.array:
+        """[…, D] → […, V], -inf where the head is cut, or its columns alone."""
+        if self._cut is None:
+            return head_of(self._network, self._architecture)(hidden)
+        logits = self._cut.logits(hidden)
+        return logits if columns else self._cut.spread(logits, -mx.inf)
 
 
 class _Layer:
-    """One layer's cache within a trace, with what mlx-lm's attention asks of a cache.
+    """One layer's cache within a step, with what mlx-lm's attention asks of a cache.
 
     Args:
-        keys, values: [1, G, S, W].
-        offset: how many tokens they hold, a scalar.
+        keys, values: [R, G, S, W].
+        offset: how many tokens each row holds, [R].
+        places: where the step's tokens are written, [R, T].
     """
 
-    def __init__(self, keys: mx.array, values: mx.array, offset: mx.array) -> None:
+    def __init__(self, keys: mx.array, values: mx.array, offset: mx.array, places: mx.array) -> None:
         self.keys = keys
         self.values = values
         self.offset = offset
+        self._places = places
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write [1, G, T, W] behind what is held; everything is returned, the unused places too."""
-        self.keys = mx.slice_update(self.keys, keys, self.offset, axes=[2])
-        self.values = mx.slice_update(self.values, values, self.offset, axes=[2])
+        """Write [R, G, T, W] behind what is held; everything is returned, the unused places too."""
+        self.keys, self.values = self._written(self.keys, keys), self._written(self.values, values)
         return self.keys, self.values
 
-    def make_mask(self, n: int, **_: Any) -> mx.array:
-        """[T, S] of bool: each row sees what was held, the rows before it, and itself."""
-        rows = self.offset + mx.arange(n)
-        return mx.arange(self.keys.shape[2])[None] <= rows[:, None]
+    def make_mask(self, n: int, **_: Any) -> mx.array:  # noqa: ARG002
+        """[R, 1, T, S] of bool: each token sees what its row held, those before it, and itself."""
+        return (mx.arange(self.keys.shape[2]) <= self._places[..., None])[:, None]
+
+    def _written(self, held: mx.array, new: mx.array) -> mx.array:
+        if len(held) == 1:
+            return mx.slice_update(held, new, self.offset, axes=[2])
+        return mx.put_along_axis(
+            held, mx.broadcast_to(self._places[:, None, :, None], new.shape), new, axis=2
+        )
+
+
+def _places(caches: Sequence[MlxCache], count: int) -> mx.array:
+    """Whose tokens each row reads, [R]; a row that nobody asked for reads the first one's."""
+    places = np.zeros(count, np.int32)
+    places[[cache.row for cache in caches]] = np.arange(len(caches))
+    return mx.array(places)
 
 
 def ids(tokens: Sequence[int]) -> mx.array:
     """[T] int32."""
     return mx.array(np.asarray(tokens, np.int32))
-
-
-def _traced(function: Function) -> Any:
-    """(arrays of the layers, position, inputs) → (outputs, new arrays), compiled."""
-
-    def step(
-        arrays: list[tuple[mx.array, mx.array]], position: mx.array, inputs: list[mx.array]
-    ) -> tuple[list[mx.array], list[tuple[mx.array, mx.array]]]:
-        layers = [_Layer(keys, values, position) for keys, values in arrays]
-        outputs = function(layers, *inputs)
-        return outputs, [(layer.keys, layer.values) for layer in layers]
-
-    return mx.compile(step)

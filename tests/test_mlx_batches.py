@@ -1,0 +1,216 @@
+"""MLX's shared arrays: a cache is its own, whoever it is computed with, and a step is one forward for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("mlx.core")
+pytest.importorskip("mlx_lm")
+
+import mlx.core as mx
+
+from draftloop.backends.base import NO_PROPOSAL, PrefillJob, Proposal, ProposeJob, VerifyJob
+from draftloop.backends.mlx.backend import SWITCH, MlxBackend
+from draftloop.types import Rules, Sampling
+
+GREEDY = Rules(Sampling())
+SAMPLED = Rules(Sampling(temperature=0.9, top_p=0.9))
+ROOM = 600
+
+
+@pytest.fixture(scope="module")
+def folder(toy_folder):
+    return toy_folder()
+
+
+@pytest.fixture(scope="module", params=["1", "0"], ids=["compiled", "anew"])
+def model(request, folder):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(SWITCH, request.param)
+        return MlxBackend("cpu").load(folder, max_kv_cache_tokens=ROOM)
+
+
+@dataclass
+class Text:
+    """One cache and what it must hold."""
+
+    cache: object
+    tokens: list[int] = field(default_factory=list)
+
+    def settle(self, tokens):
+        self.tokens = list(tokens)
+        self.cache.trim(self.cache.position - len(tokens))
+
+
+def read(model, tokens):
+    text = Text(model.new_cache(), list(tokens))
+    if tokens:
+        model.prefill([PrefillJob(text.cache, tokens)])
+    return text
+
+
+def some_tokens(seed, count):
+    return np.random.default_rng(seed).integers(0, 256, count).tolist()
+
+
+def guesses(tokens):
+    return Proposal(tuple(tokens), None, len(tokens)) if tokens else NO_PROPOSAL
+
+
+def verify(model, texts, drafts, rules=GREEDY):
+    """Their verdicts; each text is then what it was, with the last token and the drafts behind it."""
+    zeros = np.zeros(64, np.float32)
+    jobs = [
+        VerifyJob(text.cache, 7, guesses(own), rules, zeros[: len(own)], zeros[: len(own) + 1])
+        for text, own in zip(texts, drafts, strict=True)
+    ]
+    verdicts = model.verify(jobs)
+    for text, own in zip(texts, drafts, strict=True):
+        text.tokens += [7, *own]
+    return verdicts
+
+
+def propose(model, texts, counts, unread, rules=GREEDY):
+    """Drafts, which are forgotten again; the unread tokens stay."""
+    jobs = [
+        ProposeJob(text.cache, own, k, rules, np.full(k, 0.5, np.float32))
+        for text, own, k in zip(texts, unread, counts, strict=True)
+    ]
+    proposals = model.propose(jobs)
+    for text, own in zip(texts, unread, strict=True):
+        text.settle([*text.tokens, *own])
+    return [np.array(one.tokens).tolist() for one in proposals]
+
+
+def assert_holds(model, text):
+    assert text.cache.position == len(text.tokens)
+    expected = model.logits(read(model, text.tokens).cache, (3, 4))
+    found = model.logits(text.cache, (3, 4))
+    text.settle(text.tokens)
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(("verify", "verify", "propose", "propose", "prefill", "paste", "anew")),
+        st.sets(st.integers(0, 3), min_size=1),
+        st.integers(0, 999),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(lengths=st.lists(st.sampled_from((0, 1, 5, 40, 254)), min_size=4, max_size=4), script=steps)
+def test_whatever_is_computed_together_each_cache_holds_its_own_text(model, lengths, script):
+    """Of unequal positions and widths, joining, leaving, trimmed, and copied out of a batch."""
+    texts = [read(model, some_tokens(seed, length)) for seed, length in enumerate(lengths)]
+    for name, chosen, seed in script:
+        random, who = np.random.default_rng(seed), [texts[index] for index in sorted(chosen)]
+        widths = random.integers(0, 6, len(who)).tolist()
+        if name == "verify":
+            verify(model, who, [some_tokens(seed, width) for width in widths])
+            for text in who:
+                text.settle(text.tokens[: len(text.tokens) - int(random.integers(0, 2))])
+        elif name == "propose":
+            unread = [some_tokens(seed, 1 + width * (seed % 5)) for width in widths]
+            propose(model, who, [1 + width for width in widths], unread)
+        elif name == "prefill":
+            who[0].tokens += some_tokens(seed, 9)
+            model.prefill([PrefillJob(who[0].cache, who[0].tokens[-9:])])
+        elif name == "paste" and who[-1].tokens:
+            count = 1 + seed % len(who[-1].tokens)
+            who[0].cache.paste(who[-1].cache.copy(count), count)
+            who[0].tokens = who[-1].tokens[:count]
+        elif name == "anew":
+            texts[min(chosen)] = read(model, some_tokens(seed, 3))
+    for text in texts:
+        assert_holds(model, text)
+
+
+@pytest.mark.parametrize("rules", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_what_is_drafted_and_decided_is_what_it_is_alone(model, rules):
+    lengths, widths = (3, 60, 300, 17, 1), (0, 4, 1, 2, 3)
+    unread = [some_tokens(length, 1 + length % 30) for length in lengths]
+
+    def made(indexes):
+        texts = [read(model, some_tokens(i, lengths[i])) for i in indexes]
+        drafted = propose(model, texts, [1 + widths[i] for i in indexes], [unread[i] for i in indexes], rules)
+        verdicts = verify(model, texts, [some_tokens(i, widths[i]) for i in indexes], rules)
+        return list(zip(drafted, verdicts, strict=True))
+
+    together = made(range(5))
+    for i in range(5):
+        drafted, verdict = made([i])[0]
+        assert together[i][0] == drafted
+        assert together[i][1].tokens == verdict.tokens
+        assert together[i][1].alphas == pytest.approx(verdict.alphas, abs=1e-4)
+
+
+def test_a_step_is_one_forward_whoever_shares_it(folder, monkeypatch):
+    monkeypatch.setenv(SWITCH, "0")
+    model, calls = MlxBackend("cpu").load(folder, max_kv_cache_tokens=ROOM), []
+    attend = mx.fast.scaled_dot_product_attention
+    monkeypatch.setattr(
+        mx.fast,
+        "scaled_dot_product_attention",
+        lambda *arrays, **options: calls.append(len(arrays[0])) or attend(*arrays, **options),
+    )
+    texts = [read(model, some_tokens(seed, 4 + seed)) for seed in range(6)]
+    calls.clear()
+    verify(model, texts, [some_tokens(seed, seed) for seed in range(6)])
+    assert calls == [6, 6]
+    calls.clear()
+    propose(model, texts, [3, 1, 2, 3, 3, 3], [[5]] * 6)
+    assert calls == [6, 6] * 3
+
+
+def test_who_finds_no_room_changes_nobody(model):
+    texts = [read(model, some_tokens(seed, length)) for seed, length in ((0, 30), (1, ROOM - 2), (2, 5))]
+    verify(model, texts, [[], [], []])
+    with pytest.raises(ValueError, match=str(ROOM)):
+        verify(model, texts, [[1, 2], [1, 2], []])
+    for text in (texts[0], texts[2]):
+        assert_holds(model, text)
+    verify(model, [texts[0], texts[2]], [[1, 2], [3]])
+    assert_holds(model, texts[0])
+
+
+class Failing:
+    """A processor that fails behind the first drafted token."""
+
+    def bias(self, drafted):
+        if drafted:
+            raise RuntimeError("no bias")
+
+
+def test_a_failure_in_the_middle_leaves_the_others_texts_as_they_were(model):
+    texts = [read(model, some_tokens(seed, 10 * (seed + 1))) for seed in range(3)]
+    wanted = [propose(model, [text], [4], [[9]]) for text in texts]
+    for text in texts:
+        text.settle(text.tokens[:-1])
+    failing = [ProposeJob(texts[1].cache, [9], 4, Rules(Sampling(), processor=Failing()), np.zeros(4))]
+    fine = [ProposeJob(text.cache, [9], 4, GREEDY, np.zeros(4)) for text in (texts[0], texts[2])]
+    with pytest.raises(RuntimeError, match="no bias"):
+        model.propose([fine[0], *failing, fine[1]])
+    for text in texts:
+        text.settle(text.tokens)
+        assert_holds(model, text)
+    assert propose(model, [texts[0], texts[2]], [4, 4], [[9], [9]]) == [wanted[0][0], wanted[2][0]]
+
+
+def test_a_cache_that_left_holds_nothing_of_the_others(model):
+    texts = [read(model, some_tokens(seed, 400)) for seed in range(6)]
+    verify(model, texts, [[]] * 6)
+    before = mx.get_active_memory()
+    verify(model, texts[1:], [[]] * 5)
+    del texts[1:]
+    kept = texts[0].cache.bytes_per_token * 512
+    assert mx.get_active_memory() < before - 4 * kept
+    assert_holds(model, texts[0])
