@@ -16,7 +16,7 @@ from draftloop.speculation.costs import LiveCosts, Prices, RoundCosts
 from draftloop.speculation.expectation import PositionAcceptance
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 PROBE_SHARE = 0.03
 """Of the time of rounds without drafts, so much may be lost to probes."""
@@ -155,7 +155,7 @@ class Probes:
         self._left = self._drafting_rounds = 0
         self._granted_s = self._unread_s = 0.0
 
-    def due(self, backlog_s: float, loss_s: float, *, hopeless: bool = False) -> bool:
+    def due(self, backlog_s: float, loss_s: float, hopeless: Callable[[], bool] = lambda: False) -> bool:
         """Whether to probe now.
 
         A probe that was postponed pays for what the backlog has grown meanwhile; where the allowance lacks
@@ -164,7 +164,8 @@ class Probes:
         Args:
             backlog_s: what the draft's catching up takes.
             loss_s: what each of the probe's rounds is expected to lose.
-            hopeless: even a far better draft would lose, unless costs are other than believed.
+            hopeless: whether even a far better draft would lose, unless costs are other than believed. Then
+                it is asked as seldom as any.
         """
         paid_s, self._unread_s = self._unread_s, 0.0
         if self._left:
@@ -175,8 +176,10 @@ class Probes:
                 return True
             self._allowance_s, self._left = self._allowance_s + paid_s, 0
         price_s = backlog_s + PROBE_ROUNDS * loss_s
-        gap = LONGEST_GAP_ROUNDS if hopeless else self._gap
-        if self._rounds < gap or self._allowance_s < price_s:
+        if self._rounds < self._gap or self._allowance_s < price_s:
+            return False
+        if self._rounds < LONGEST_GAP_ROUNDS and hopeless():
+            self._gap = self._rounds + SHORTEST_GAP_ROUNDS
             return False
         self._allowance_s -= price_s
         self._gap = min(max(2 * self._gap, SHORTEST_GAP_ROUNDS), LONGEST_GAP_ROUNDS)

@@ -47,6 +47,8 @@ class TogetherPace:
 
     def favourite(self, prospects: Sequence[Prospect]) -> int:
         """Which of several drafters promises a stream most, backlogs counted; of equals the first."""
+        if len(prospects) == 1:
+            return 0
         prices, seconds = self._schedule.costs.now(), []
         for one in prospects:
             speed = best_choice(prices, one.chances, by_model=one.by_model).tokens_per_s
@@ -77,13 +79,14 @@ class TogetherPace:
             if costs.knows_shared(plain.rows, len(prospects)) and not probes.alone_due:
                 # What drafts cost is found out a step at a time: a guess too high is dear for all.
                 most_each = costs.most_drafts_known(len(prospects)) + 1
-                self._plan = self._drafting(prospects, ready, plain, most_each)
+                known = sum(promised.drafting) <= most_each * len(prospects)
+                self._plan = promised if known else self._drafting(prospects, ready, plain, most_each)
         elif asked and settled:
             cheapest = min(asked, key=lambda index: prospects[index].backlog_tokens)
             probing = self._drafting(prospects, [cheapest], plain, 1)
             loss_s = max(0.0, probing.round_s * (1 - probing.tokens_per_s / plain.tokens_per_s))
-            hopeless = self._hopeless(prospects, plain)
-            if probes.due(self._read_s(prospects[cheapest]), loss_s, hopeless=hopeless):
+            backlog_s = self._read_s(prospects[cheapest])
+            if probes.due(backlog_s, loss_s, lambda: self._hopeless(prospects, plain)):
                 self._plan = probing
         return self._plan
 
@@ -97,10 +100,11 @@ class TogetherPace:
 
     def _pays(self, prospect: Prospect, plain: Plan, promised: Plan) -> bool:
         """Whether its backlog does. Where others are about to join, it is they who decide."""
-        if prospect.backlog_tokens and self._company > len(plain.num_draft_tokens):
-            return self.reads_along(prospect, self._company)
         saved_s = _saved_s(plain, promised)
-        return saved_s > 0 and self._read_s(prospect) <= prospect.ahead_tokens * saved_s
+        if saved_s <= 0 or self._read_s(prospect) > prospect.ahead_tokens * saved_s:
+            return False
+        joining = prospect.backlog_tokens > 0 and self._company > len(plain.num_draft_tokens)
+        return not joining or self.reads_along(prospect, self._company)
 
     def _hopeless(self, prospects: Sequence[Prospect], plain: Plan) -> bool:
         """Whether a draft as good as they ever are would not be worth asking either."""
