@@ -341,3 +341,31 @@ def test_without_an_adapter_the_incumbent_is_the_bare_draft(costs):
     costs(0.01, 0.01, 0.01, 0.01, 0.01)
     verdict = judged(FakeDraft(alphas()), costs).verdict
     assert verdict.alpha_before == verdict.alpha_bare == pytest.approx(0.5)
+
+
+def test_requests_of_a_domain_are_replayed_together_and_each_keeps_its_rows(costs, monkeypatch):
+    costs(0.01, 0.01, 0.06, 0.06, 0.06)
+    every = [number / 20 for number in range(12)]
+    draft, packs = FakeDraft(alphas(unfused=every, bare=every)), []
+    replay = draft.replay
+    monkeypatch.setattr(
+        draft, "replay", lambda batch: (packs.append([int(one.tokens[0]) for one in batch]), replay(batch))[1]
+    )
+    # A text has 41 tokens, and the seventh of a domain is long.
+    long = replace(example(11), tokens=np.full(600, 11, np.int32), num_prompt_tokens=560)
+    held_out = [HeldOut(n, "ab"[n % 2], long if n == 11 else example(n)) for n in range(12)]
+    judgement = judge_candidate(
+        draft,
+        ADAPTER,
+        Outfit(),
+        compared=[],
+        held_out=held_out,
+        num_draft_tokens=4,
+        timed_round=None,
+        by_width=None,
+        seed=0,
+        replayed=lambda _: None,
+    )
+    assert packs == [[0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9], [11]] * 2
+    assert [one["alpha_before"] for one in judgement.requests] == pytest.approx(every)
+    assert [one["alpha_after"] for one in judgement.requests] == pytest.approx(every)

@@ -16,7 +16,7 @@ from draftloop.learning.yielding import UNHURRIED
 from draftloop.speculation.metrics import expected_rounds, mean_alpha, tokens_per_round
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 FORM_EXAMPLES = 16
 """At most so many requests compare the forms; the gate's own come after the choice."""
+TOGETHER_TOKENS = 512
+"""Of requests replayed together: whoever is answered meanwhile waits no longer than for a long one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +137,28 @@ def _replay(
     alphas: list[list[Rows]] = []
     for outfit in outfits:
         draft.set_adapter(outfit.lora, outfit.form)
-        alphas.append([])
-        for one in held_out:
-            alphas[-1] += draft.replay([one.example])
-            replayed(1 / len(outfits))
+        rows: dict[int, Rows] = {}
+        for pack in _packs(held_out):
+            found = draft.replay([held_out[index].example for index in pack])
+            rows.update(zip(pack, found, strict=True))
+            replayed(len(pack) / len(outfits))
+        alphas.append([rows[index] for index in range(len(held_out))])
     return alphas
+
+
+def _packs(held_out: Sequence[HeldOut]) -> Iterator[list[int]]:
+    """Requests to be replayed together. Those of a domain begin alike, which then is read once."""
+    pack: list[int] = []
+    tokens = 0
+    for index in sorted(range(len(held_out)), key=lambda index: held_out[index].domain):
+        length = len(held_out[index].example.tokens)
+        if pack and tokens + length > TOGETHER_TOKENS:
+            yield pack
+            pack, tokens = [], 0
+        pack.append(index)
+        tokens += length
+    if pack:
+        yield pack
 
 
 def _told(one: HeldOut, judged: ReplayedRequest) -> dict[str, Any]:

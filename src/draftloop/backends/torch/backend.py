@@ -25,6 +25,7 @@ from draftloop.backends.torch.head import CutHead
 from draftloop.backends.torch.memory import memory_errors
 from draftloop.backends.torch.native.library import load_library
 from draftloop.backends.torch.replay import row_alphas, rows_of
+from draftloop.backends.torch.texts import read_texts
 from draftloop.backends.torch.training import TorchTrainer, open_trainer
 from draftloop.backends.torch.weights import WeightLoader
 from draftloop.errors import BackendUnavailable, ModelUnreadable
@@ -153,16 +154,17 @@ class TorchModel:
     def replay(self, batch: Sequence[Example]) -> list[NDArray[np.float32]]:
         """See `Model`."""
         with memory_errors("replaying a stored request", "Lower training.max_sequence_length."):
-            return [self._replay(example) for example in batch]
+            found = [np.empty(0, np.float32)] * len(batch)
+            for index, hidden in read_texts(self.decoder, batch, _REPLAY_CHUNK_TOKENS):
+                found[index] = self._alphas(batch[index], hidden)
+            return found
 
-    def _replay(self, example: Example) -> NDArray[np.float32]:
-        if not example.num_rows:
-            return np.empty(0, np.float32)
+    def _alphas(self, example: Example, hidden: torch.Tensor) -> NDArray[np.float32]:
+        """Of the response rows, by the states [R, D] that predict them."""
         cut = None if self._cut is None else self._cut.anew()
         if cut is not None:
             cut.follow(example.tokens)
-        rows, first = rows_of(example, self._device), example.num_prompt_tokens - 1
-        hidden = self.decoder.hidden_rows(self._ids(example.tokens[:-1]), first, _REPLAY_CHUNK_TOKENS)
+        rows = rows_of(example, self._device)
         alphas = []
         for chunk, start in zip(
             hidden.split(_REPLAY_CHUNK_ROWS), range(0, example.num_rows, _REPLAY_CHUNK_ROWS), strict=True

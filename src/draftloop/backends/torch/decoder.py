@@ -130,16 +130,6 @@ class Decoder:
             added = layer.down(steps.gate(gate_up))
         return steps.norm(x, added, self.weights.final_norm)
 
-    def hidden_rows(self, tokens: torch.Tensor, first: int, chunk_tokens: int) -> torch.Tensor:
-        """Read a whole text [T] by chunks, in a cache of its own; states [T - first, D] from `first` on."""
-        self.reach(len(tokens))
-        cache = TorchCache(self.architecture, len(tokens), self.dtype, tokens.device)
-        parts = []
-        for chunk in tokens.split(chunk_tokens):
-            start = cache.position
-            parts.append(self.forward(cache, chunk)[max(0, first - start) :])
-        return torch.cat(parts)
-
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, D] -> logits [T, V] float32."""
         return self.weights.head(hidden).float()

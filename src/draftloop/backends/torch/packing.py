@@ -78,7 +78,7 @@ def pack_texts(
         parts.append(Part(own, shared))
         return own
 
-    for group, common in _alike(batch):
+    for group, common in alike_beginnings(batch):
         shared = lay(batch[group[0]].tokens[:common], 0) if common else None
         for index in group:
             example = batch[index]
@@ -99,11 +99,11 @@ def packed_tokens(batch: Sequence[Example]) -> int:
     """How many tokens `pack_texts` would lay out: N."""
     return sum(
         sum(len(batch[index].tokens) - 1 - common for index in group) + common
-        for group, common in _alike(batch)
+        for group, common in alike_beginnings(batch)
     )
 
 
-def _alike(batch: Sequence[Example]) -> list[tuple[list[int], int]]:
+def alike_beginnings(batch: Sequence[Example]) -> list[tuple[list[int], int]]:
     """Groups of texts: their indices, and how many tokens they begin with alike.
 
     A text shares no more than what stands before its first response row, and no beginning shorter than
