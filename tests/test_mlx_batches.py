@@ -65,9 +65,9 @@ def guesses(tokens):
 
 def verify(model, texts, drafts, rules=None):
     """Their verdicts; each text is then what it was, with the last token and the drafts behind it."""
-    zeros = np.zeros(64, np.float32)
+    zeros, halves = np.zeros(64, np.float32), np.full(64, 0.5, np.float32)
     jobs = [
-        VerifyJob(text.cache, 7, guesses(own), rule, zeros[: len(own)], zeros[: len(own) + 1])
+        VerifyJob(text.cache, 7, guesses(own), rule, zeros[: len(own)], halves[: len(own) + 1])
         for text, own, rule in zip(texts, drafts, rules or [GREEDY] * len(texts), strict=True)
     ]
     verdicts = model.verify(jobs)
@@ -165,15 +165,18 @@ def test_a_step_is_one_forward_whoever_shares_it(folder, monkeypatch):
     monkeypatch.setattr(
         mx.fast,
         "scaled_dot_product_attention",
-        lambda *arrays, **options: calls.append(len(arrays[0])) or attend(*arrays, **options),
+        lambda *arrays, **options: calls.append(arrays[0].shape[::2]) or attend(*arrays, **options),
     )
     texts = [read(model, some_tokens(seed, 4 + seed)) for seed in range(6)]
     calls.clear()
     verify(model, texts, [some_tokens(seed, seed) for seed in range(6)])
-    assert calls == [6, 6]
+    assert calls == [(6, 6)] * 2
     calls.clear()
     propose(model, texts, [3, 1, 2, 3, 3, 3], [[5]] * 6)
-    assert calls == [6, 6] * 3
+    assert calls == [(6, 1)] * 6
+    calls.clear()
+    propose(model, texts, [1] * 6, [[5]] * 5 + [[5] * 40])
+    assert sorted(calls) == [(1, 39)] * 2 + [(6, 1)] * 2
 
 
 def test_who_finds_no_room_changes_nobody(model):

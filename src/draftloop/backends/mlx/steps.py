@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
     from draftloop.backends.architecture import Architecture
-    from draftloop.backends.mlx.cache import Layers, MlxCache
+    from draftloop.backends.mlx.cache import Layers, MlxCache, Rows
     from draftloop.backends.mlx.head import CutHead
     from draftloop.backends.mlx.parts import Decide
 
@@ -121,21 +121,16 @@ class Steps:
         for cache in caches:
             self._make_written(cache)
         rows = together(caches, MOST_IDLE_DRAFT_STEPS if last else 0)
-        n, width = tokens.shape
+        width = tokens.shape[1]
         rows.make_room(width)
-        # With one part for all, the forward and what follows from it are one trace.
-        whole = parts[0] if len(parts) == 1 else None
-        key = (None if whole is None else whole.kind, last, n, rows.count, width, rows.capacity)
+        # With one part for all rows, the forward and what follows from it are one trace.
+        whole = parts[0] if len(parts) == 1 and len(caches) == rows.count else None
+        key = (None if whole is None else whole.kind, last, rows.count, width, rows.capacity)
         step = self._trace(key, width, self._step(None if whole is None else whole.decide, last=last))
         outputs, rows.layers = step(
             rows.layers,
-            [
-                ids(rows.positions),
-                _places(caches, rows.count),
-                ids([cache.row for cache in caches]),
-                ids([max(0, own - 1) for own in widths]),
-            ],
-            tokens,
+            _where(rows, caches, widths),
+            tokens if rows.count == 1 else tokens[_places(caches, rows.count)],
             [] if whole is None else whole.inputs,
         )
         for cache, own in zip(caches, widths, strict=True):
@@ -143,7 +138,7 @@ class Steps:
         return [outputs] if whole is not None else self._decided(outputs[0], parts)
 
     def _decided(self, logits: mx.array, parts: Sequence[Part]) -> list[list[mx.array]]:
-        """Logits [n, T, V] → the outputs of each part."""
+        """Logits, n sequences first, → the outputs of each part."""
         outputs, first = [], 0
         for part in parts:
             own = logits[first : first + part.count, : part.rows]
@@ -152,20 +147,22 @@ class Steps:
         return outputs
 
     def _step(self, decide: Decide | None, *, last: bool) -> Callable[..., Any]:
-        """The whole step as a function of arrays; its outputs are the logits where nothing is decided yet."""
+        """The whole step as a function of arrays; its outputs are the logits where nothing is decided yet.
+
+        Tokens [R, T] are in the order of the rows, logits and what is decided in that of the caches.
+        """
 
         def step(
             arrays: Layers, where: list[mx.array], tokens: mx.array, inputs: list[mx.array]
         ) -> tuple[list[mx.array], Layers]:
-            positions, places, rows, ends = where
+            positions, order, ends = where
             seen = positions[:, None] + mx.arange(tokens.shape[1])
             layers = [_Layer(keys, values, positions, seen) for keys, values in arrays]
+            hidden = self._hidden(layers, tokens)
             if len(positions) == 1:
-                hidden = self._hidden(layers, tokens)
                 hidden = hidden[:, -1:] if last else hidden
             else:
-                hidden = self._hidden(layers, tokens[places])
-                hidden = hidden[rows, ends][:, None] if last else hidden[rows]
+                hidden = hidden[order, ends][:, None] if last else hidden[order]
             logits = self._logits(hidden, columns=last)
             outputs = [logits] if decide is None else decide(logits, *inputs)
             return outputs, [(layer.keys, layer.values) for layer in layers]
@@ -246,6 +243,17 @@ class _Layer:
         return mx.put_along_axis(
             held, mx.broadcast_to(self._places[:, None, :, None], new.shape), new, axis=2
         )
+
+
+def _where(rows: Rows, caches: Sequence[MlxCache], widths: Sequence[int]) -> list[mx.array]:
+    """How many tokens each row holds; then for each cache its row, and its own last token among the new ones.
+
+    All [R]: a trace does not depend on how many of the rows are asked for.
+    """
+    asked = [cache.row for cache in caches]
+    others = [row for row in range(rows.count) if row not in asked]
+    ends = [max(0, own - 1) for own in widths] + [0] * len(others)
+    return [ids(rows.positions), ids(asked + others), ids(ends)]
 
 
 def _places(caches: Sequence[MlxCache], count: int) -> mx.array:
