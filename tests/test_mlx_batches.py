@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from draftloop.backends.base import NO_PROPOSAL, PrefillJob, Proposal, ProposeJob, VerifyJob
 from draftloop.backends.mlx.backend import SWITCH, MlxBackend
+from draftloop.errors import OutOfMemory
 from draftloop.types import Rules, Sampling
 
 GREEDY = Rules(Sampling())
@@ -213,11 +214,38 @@ def test_a_failure_in_the_middle_leaves_the_others_texts_as_they_were(model):
     assert propose(model, [texts[0], texts[2]], [4, 4], [[9], [9]]) == [wanted[0][0], wanted[2][0]]
 
 
-def test_a_cache_that_left_holds_nothing_of_the_others(model):
+def test_a_round_without_memory_may_be_taken_in_parts(model, monkeypatch):
+    """The caches are trimmed to what they held, and then some of the rows are computed in the same arrays."""
+    texts = [read(model, some_tokens(seed, 10 * (seed + 1))) for seed in range(5)]
+    before = [list(text.tokens) for text in texts]
+    drafts = [some_tokens(seed, seed) for seed in range(5)]
+    wanted = verify(model, texts, drafts)
+    for text, tokens in zip(texts, before, strict=True):
+        text.settle(tokens)
+
+    def without_memory(one, *others, real=np.array):
+        if isinstance(one, mx.array):
+            raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
+        return real(one, *others)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "array", without_memory)
+        with pytest.raises(OutOfMemory):
+            verify(model, texts, drafts)
+    for text, tokens in zip(texts, before, strict=True):
+        text.settle(tokens)
+    for part in (slice(0, 2), slice(2, 3), slice(3, 5)):
+        assert verify(model, texts[part], drafts[part]) == wanted[part]
+    for text in texts:
+        assert_holds(model, text)
+
+
+def test_a_cache_that_left_soon_holds_nothing_of_the_others(model):
     texts = [read(model, some_tokens(seed, 400)) for seed in range(6)]
     verify(model, texts, [[]] * 6)
     before = mx.get_active_memory()
-    verify(model, texts[1:], [[]] * 5)
+    for _ in range(40):
+        verify(model, texts[1:], [[]] * 5)
     del texts[1:]
     kept = texts[0].cache.bytes_per_token * 512
     assert mx.get_active_memory() < before - 4 * kept

@@ -166,7 +166,7 @@ def together(caches: Sequence[MlxCache], most_idle_steps: int) -> Rows:
 
     Args:
         caches: all written.
-        most_idle_steps: how long a row that is not asked for is kept and computed along.
+        most_idle_steps: for how many steps in succession a row that is not asked for is computed along.
     """
     rows = caches[0].rows
     shared = all(cache.rows is rows for cache in caches)

@@ -38,9 +38,9 @@ MOST_TRACED_TOKENS = 96
 """A wider step is a backlog or a prompt, whose width does not come again."""
 MOST_TRACES = 256
 """Beyond so many all of them are forgotten."""
-MOST_IDLE_DRAFT_STEPS = 64
-"""Which sequences are drafted for changes from round to round: for so many steps the others' rows are
-computed along, rather than all copied. Whom a verification leaves out has left."""
+MOST_IDLE_STEPS = 32
+"""Whom a step leaves out may be asked for soon again (drafts are not made for everybody in every round, and
+where memory is short a round is taken in parts): for so many steps his row is computed along."""
 
 
 class Steps:
@@ -120,16 +120,19 @@ class Steps:
             return [part.decide(logits, *part.inputs) for part in parts]
         for cache in caches:
             self._make_written(cache)
-        rows = together(caches, MOST_IDLE_DRAFT_STEPS if last else 0)
+        rows = together(caches, MOST_IDLE_STEPS)
         width = tokens.shape[1]
         rows.make_room(width)
         # With one part for all rows, the forward and what follows from it are one trace.
         whole = parts[0] if len(parts) == 1 and len(caches) == rows.count else None
-        key = (None if whole is None else whole.kind, last, rows.count, width, rows.capacity)
+        # A draft's logits are made for all rows, so that a trace does not depend on how many are asked for.
+        # Of the target's there are too many for that.
+        seen = rows.count if last else len(caches)
+        key = (None if whole is None else whole.kind, last, seen, rows.count, width, rows.capacity)
         step = self._trace(key, width, self._step(None if whole is None else whole.decide, last=last))
         outputs, rows.layers = step(
             rows.layers,
-            _where(rows, caches, widths),
+            _where(rows, caches, widths, seen),
             tokens if rows.count == 1 else tokens[_places(caches, rows.count)],
             [] if whole is None else whole.inputs,
         )
@@ -245,15 +248,14 @@ class _Layer:
         )
 
 
-def _where(rows: Rows, caches: Sequence[MlxCache], widths: Sequence[int]) -> list[mx.array]:
-    """How many tokens each row holds; then for each cache its row, and its own last token among the new ones.
-
-    All [R]: a trace does not depend on how many of the rows are asked for.
+def _where(rows: Rows, caches: Sequence[MlxCache], widths: Sequence[int], count: int) -> list[mx.array]:
+    """How many tokens each row holds, [R]; which rows are looked at, and the last new token of each, [count]:
+    the caches' and behind them, where there are more, others.
     """
     asked = [cache.row for cache in caches]
-    others = [row for row in range(rows.count) if row not in asked]
-    ends = [max(0, own - 1) for own in widths] + [0] * len(others)
-    return [ids(rows.positions), ids(asked + others), ids(ends)]
+    order = asked + [row for row in range(rows.count) if row not in asked]
+    ends = [max(0, own - 1) for own in widths] + [0] * (rows.count - len(asked))
+    return [ids(rows.positions), ids(order[:count]), ids(ends[:count])]
 
 
 def _places(caches: Sequence[MlxCache], count: int) -> mx.array:
