@@ -2,9 +2,11 @@
 
 Random weights in the shapes of Qwen2.5 0.5B, 1.5B and 7B, bfloat16 and 4-bit: nothing is downloaded. Prints
 the time of one step for each number of rows, its share of what memory bandwidth allows (the bytes of the
-weights over 3.35 TB/s, an H100's), greedy tokens/s through the seam, and the time of a speculative round.
+weights over 3.35 TB/s, an H100's), greedy tokens/s through the seam, and the time of a speculative round. Or,
+with `--streams`, what steps take that so many sequences share.
 
-    python benchmarks/gpu.py [--models 0.5B 1.5B 7B] [--context-tokens N] [--bandwidth-tb-s X]
+    python benchmarks/gpu.py [--models 0.5B 1.5B 7B] [--bits 16 4] [--context-tokens N] [--bandwidth-tb-s X]
+        [--streams 1 4 16]
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import numpy as np
 import torch
 
 from draftloop.backends.architecture import Architecture, Quantization
-from draftloop.backends.base import NO_PROPOSAL, PrefillJob, ProposeJob, VerifyJob
+from draftloop.backends.base import NO_PROPOSAL, PrefillJob, Proposal, ProposeJob, VerifyJob
 from draftloop.backends.torch.backend import TorchModel
+from draftloop.backends.torch.cuda.shapes import Reading
 from draftloop.backends.torch.linear import AffineWeight, DenseLinear, int4_linear
 from draftloop.backends.torch.weights import DenseEmbedding, Layer, Weights
 from draftloop.types import Rules, Sampling
@@ -34,6 +37,7 @@ SHAPES = {
     "7B": (3584, 28, 28, 4, 128, 18944, 152064),
 }
 ROWS = (1, 2, 3, 5, 9)
+SHARED_DRAFTS = (0, 1, 2, 3, 4, 6)
 CACHE_TOKENS = 2048
 GROUP_SIZE = 32
 GREEDY = Rules(Sampling())
@@ -148,7 +152,8 @@ def step_times(model: TorchModel, context_tokens: int) -> list[tuple[int, float,
             return logits
 
         def fused(ids: torch.Tensor = ids) -> None:
-            if model._steps is None or model._steps.logits(cache, ids) is None:
+            reading = Reading(cache, len(ids))
+            if model._steps is None or model._steps.logits([reading], ids) is None:
                 raise SystemExit("this device records no graphs")
             cache.trim(len(ids))
 
@@ -180,6 +185,42 @@ def round_ms(target: TorchModel, draft: TorchModel | None, k: int, context_token
     return wall_ms(one)
 
 
+def shared_ms(model: TorchModel, streams: int, k: int, context_tokens: int, *, drafts: bool) -> float:
+    """What `streams` sequences take together, host's time: each drafts K tokens, or verifies so many."""
+    caches = [model.new_cache() for _ in range(streams)]
+    for cache in caches:
+        model.prefill([PrefillJob(cache, [1] * context_tokens)])
+    numbers = np.zeros(k + 1, np.float32)
+    guesses = Proposal((1,) * k, None, k)
+    propose = [ProposeJob(cache, (5,), k, GREEDY, numbers[:k]) for cache in caches]
+    verify = [VerifyJob(cache, 5, guesses, GREEDY, numbers[:k], numbers) for cache in caches]
+
+    def one() -> None:
+        if drafts:
+            int(model.propose(propose)[-1].tokens[-1])
+        else:
+            model.verify(verify)
+        for cache in caches:
+            cache.trim(cache.position - context_tokens)
+
+    return wall_ms(one)
+
+
+def report_shared(name: str, model: TorchModel, arguments: argparse.Namespace) -> None:
+    """Print what sharing costs: a line for each number of sequences, a column for each K."""
+    for drafts in (False, True):
+        print(f"\n{name}: ms to {'draft' if drafts else 'verify'} K tokens for each of so many sequences")
+        print("streams" + "".join(f"  K = {k:2}" for k in SHARED_DRAFTS))
+        for streams in arguments.streams:
+            times = [
+                shared_ms(model, streams, k, arguments.context_tokens, drafts=drafts)
+                if k or not drafts
+                else 0.0
+                for k in SHARED_DRAFTS
+            ]
+            print(f"{streams:7}" + "".join(f"{ms:8.3f}" for ms in times), flush=True)
+
+
 def report(name: str, quantized: bool, model: TorchModel, arguments: argparse.Namespace) -> float:
     """Print one model's table; the ms of one greedy token through the seam."""
     floor = model.weight_bytes / arguments.bandwidth_tb_s / 1e9
@@ -199,15 +240,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="*", choices=tuple(SHAPES), default=list(SHAPES))
+    parser.add_argument("--bits", nargs="*", type=int, choices=(16, 4), default=[16, 4])
     parser.add_argument("--context-tokens", type=int, default=256)
     parser.add_argument("--bandwidth-tb-s", type=float, default=3.35)
+    parser.add_argument("--streams", nargs="*", type=int, default=[])
     arguments = parser.parse_args()
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, context {arguments.context_tokens}")
-    for quantized in (False, True):
+    for quantized in (bits == 4 for bits in arguments.bits):
         draft = None
         for name in arguments.models:
             model = random_model(name, quantized)
+            if arguments.streams:
+                report_shared(f"{name} {'4-bit' if quantized else 'bf16'}", model, arguments)
+                continue
             alone = report(name, quantized, model, arguments)
             if draft is not None:
                 for k in (3, 4, 6):

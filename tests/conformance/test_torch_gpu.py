@@ -1,4 +1,4 @@
-"""Steps recorded as CUDA graphs: any cache, any width, the weights of the day. `--device gpu` runs them."""
+"""Steps recorded as CUDA graphs: any caches, any width, the weights of the day. `--device gpu` runs them."""
 
 from __future__ import annotations
 
@@ -80,6 +80,70 @@ def test_caches_take_turns(model):
         for cache, logits in zip((first, second), expected, strict=True):
             found = model.logits(cache, NEXT[start : start + 1])
             np.testing.assert_array_equal(found[0], logits[start])
+
+
+def of_several_lengths(model):
+    """Caches of prompts of 70, 57, 44, ... tokens."""
+    caches = [filled(model) for _ in range(5)]
+    for i, cache in enumerate(caches):
+        cache.trim(13 * i)
+    return caches
+
+
+def assert_same_caches(caches, others):
+    """Bit for bit, and nothing was written behind the last token."""
+    import torch
+
+    for cache, other in zip(caches, others, strict=True):
+        assert cache.position == other.position
+        assert torch.equal(cache.copy(cache.position), other.copy(other.position))
+        assert cache.values[:, :, :, max(cache.position, len(PROMPT)) :].isnan().all()
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 0, 0, 0), (3, 0, 1, 2, 0), (7, 6, 7, 3, 8)], ids=str)
+def test_sequences_that_share_a_step_get_the_very_bits_of_each_alone(model, counts):
+    together, apart = of_several_lengths(model), of_several_lengths(model)
+
+    def jobs(caches):
+        return [
+            VerifyJob(
+                cache,
+                i,
+                Proposal(NEXT[:1] * k, None, k),
+                Rules(Sampling()),
+                np.zeros(k),
+                np.zeros(k + 1),
+                True,
+            )
+            for i, (cache, k) in enumerate(zip(caches, counts, strict=True))
+        ]
+
+    alone = [model.verify([job])[0] for job in jobs(apart)]
+    for one, other in zip(model.verify(jobs(together)), alone, strict=True):
+        assert one == other
+        np.testing.assert_array_equal(one.trace.top_ids, other.trace.top_ids)
+        np.testing.assert_array_equal(one.trace.top_logprobs, other.trace.top_logprobs)
+    assert_same_caches(together, apart)
+
+
+def test_sequences_that_draft_together_get_what_each_gets_alone(model):
+    import torch
+
+    for sampling in SAMPLINGS:
+        together, apart = of_several_lengths(model), of_several_lengths(model)
+
+        def jobs(caches, sampling=sampling):
+            sizes = zip(caches, ((5,), (5, 6), (7,), (8, 9), (5,)), (4, 1, 2, 6, 3), strict=True)
+            return [
+                ProposeJob(cache, ids, k, Rules(sampling, (3, 9), k), NUMBERS[:k]) for cache, ids, k in sizes
+            ]
+
+        alone = [model.propose([job])[0] for job in jobs(apart)]
+        for one, other in zip(model.propose(jobs(together)), alone, strict=True):
+            assert one.tokens.tolist() == other.tokens.tolist()
+            if not sampling.greedy:
+                torch.testing.assert_close(one.q, other.q)
+        assert_same_caches(together, apart)
 
 
 def test_a_step_that_does_not_fit_is_refused(model):

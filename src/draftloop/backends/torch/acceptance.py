@@ -1,7 +1,8 @@
 """Warping, drawing and the accept / recover / bonus rule on the device.
 
 Contract: the same results as the NumPy reference (`backends/numpy/acceptance.py`), with no host sync on a
-GPU. Must not know a model. Letters: R rows, V vocabulary, K draft tokens.
+GPU. Several sequences' rows stand one behind another, each one's last row behind its last guess. Must not
+know a model. Letters: R rows, S sequences, V vocabulary, K draft tokens of one sequence.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from draftloop.backends.biases import target_biases
 from draftloop.types import TRACE_TOP_TOKENS, Trace, Verdict
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -27,6 +30,9 @@ as long as finding 64 of them."""
 
 _TOP_BLOCK = 128
 """Columns that `_top` looks at together."""
+
+NO_GUESS = 2**31 - 1
+"""In place of a guess behind the last one: no token of any vocabulary, and so kept by nobody."""
 
 
 def mask(logits: torch.Tensor, rules: Rules, first_row: int = 0) -> torch.Tensor:
@@ -77,7 +83,7 @@ def drawn(
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What `decide` found, on the device: accepted and extra are scalars, alphas is [K]."""
+    """What `decide` found, on the device: accepted and extra are [S], alphas is [R]."""
 
     accepted: torch.Tensor
     extra: torch.Tensor
@@ -87,42 +93,53 @@ class Decision:
 def decide(
     p: torch.Tensor,
     q: torch.Tensor | None,
-    tokens: torch.Tensor,
-    accept_uniforms: torch.Tensor,
-    extra_uniforms: torch.Tensor,
+    guesses: torch.Tensor,
+    first_rows: torch.Tensor,
+    uniforms: tuple[torch.Tensor, torch.Tensor],
 ) -> Decision:
-    """Leviathan et al. 2023, Algorithm 1: p [K+1, V], q [K, V] or None (point masses), tokens [K]."""
-    k = len(tokens)
+    """Leviathan et al. 2023, Algorithm 1, for several sequences.
+
+    p, q: [R, V], q without mass where nothing was guessed, or None (point masses); guesses: [R], `NO_GUESS`
+    in each sequence's last row; first_rows: [S]; uniforms: to keep by and to draw by, [R] each.
+    """
+    accept_uniforms, extra_uniforms = uniforms
     # An id past the vocabulary (the other model's padding) has no probability, and nothing to remove.
-    guesses = tokens.clamp(max=p.shape[1] - 1).unsqueeze(1)
-    at_guess = p[:k].gather(1, guesses)
-    outside = (tokens >= p.shape[1]).unsqueeze(1)
-    p_guess = at_guess.masked_fill(outside, 0.0).squeeze(1)
+    columns, outside = guesses.clamp(max=p.shape[1] - 1).unsqueeze(1), (guesses >= p.shape[1]).unsqueeze(1)
+    p_guess = p.gather(1, columns).masked_fill(outside, 0.0).squeeze(1)
     if q is None:
-        kept = accept_uniforms < p_guess
-        residual = p[:k].scatter(1, guesses, torch.where(outside, at_guess, 0.0))
-        alphas = p_guess
+        kept, alphas = accept_uniforms < p_guess, p_guess
     else:
-        kept = accept_uniforms * q.gather(1, guesses).squeeze(1) < p_guess
-        residual = (p[:k] - q).clamp_(min=0.0)
-        alphas = torch.minimum(p[:k], q).sum(dim=-1)
+        kept = accept_uniforms * q.gather(1, columns).squeeze(1) < p_guess
+        alphas = torch.minimum(p, q).sum(dim=-1)
+    accepted = _accepted(kept, first_rows)
+    at = first_rows + accepted
+    source = p.index_select(0, at)
+    if q is None:
+        column, nothing = columns.index_select(0, at), outside.index_select(0, at)
+        removed = torch.where(nothing, source.gather(1, column), 0.0)
+        residual = source.scatter(1, column, removed)
+    else:
+        residual = (source - q.index_select(0, at)).clamp_(min=0.0)
     # Where rounding leaves nothing of p - q, p and q agree and p itself is the right source.
-    residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, p[:k])
-    accepted = kept.long().cumprod(dim=0).sum()
-    source = torch.cat((residual, p[k:])).index_select(0, accepted.view(1))
-    extra = draw(source, extra_uniforms.index_select(0, accepted.view(1)))
-    return Decision(accepted, extra[0], alphas)
+    residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, source)
+    return Decision(accepted, draw(residual, extra_uniforms.index_select(0, at)), alphas)
 
 
-def decide_greedily(logits: torch.Tensor, tokens: torch.Tensor) -> Decision:
-    """`decide` where p and q are point masses, whatever the uniforms: logits [K+1, V], tokens [K].
+def decide_greedily(logits: torch.Tensor, guesses: torch.Tensor, first_rows: torch.Tensor) -> Decision:
+    """`decide` where p and q are point masses, whatever the uniforms: logits [R, V], guesses [R].
 
     It spares the distributions, whose making takes as long on a GPU as a small model's step.
     """
     best = logits.argmax(dim=-1)
-    kept = best[: len(tokens)] == tokens
-    accepted = kept.long().cumprod(dim=0).sum()
-    return Decision(accepted, best.index_select(0, accepted.view(1))[0], kept.float())
+    kept = best == guesses
+    accepted = _accepted(kept, first_rows)
+    return Decision(accepted, best.index_select(0, first_rows + accepted), kept.float())
+
+
+def _accepted(kept: torch.Tensor, first_rows: torch.Tensor) -> torch.Tensor:
+    """[R], [S] -> [S]: rows from each first one on up to the first that is not kept, as each last one is."""
+    rows = first_rows.unsqueeze(1) + torch.arange(len(kept), device=kept.device)
+    return kept[rows.clamp_(max=len(kept) - 1)].long().cumprod(dim=1).sum(dim=1)
 
 
 def verdict_of(logits: torch.Tensor, job: VerifyJob) -> Verdict:
@@ -132,21 +149,31 @@ def verdict_of(logits: torch.Tensor, job: VerifyJob) -> Verdict:
     """
     device = logits.device
     tokens, q = on_device(job.proposal, logits.shape[1], device)
-    uniforms = to_device(job.accept_uniforms, device), to_device(job.extra_uniforms, device)
+    accept = torch.nn.functional.pad(to_device(job.accept_uniforms, device), (0, 1))
+    uniforms = accept, to_device(job.extra_uniforms, device)
     sampling, biased = job.rules.sampling, logits
     if job.rules.processor is not None:
         biases = target_biases(job.rules.processor, tokens.tolist(), logits.shape[1])
         biased = logits + to_device(biases, device)
-    masked = mask(biased, job.rules)
-    row = outcome(logits, masked, tokens, q, uniforms=uniforms, sampling=sampling, trace=job.trace)
-    return told(row, job)
+    found = outcome(
+        logits,
+        mask(biased, job.rules),
+        torch.nn.functional.pad(tokens, (0, 1), value=NO_GUESS),
+        None if q is None else torch.nn.functional.pad(q, (0, 0, 0, 1)),
+        torch.zeros(1, dtype=torch.long, device=device),
+        uniforms=uniforms,
+        sampling=sampling,
+        trace=job.trace,
+    )
+    return told(found, [job], sequences=1)[0]
 
 
 def outcome(
     logits: torch.Tensor,
     masked: torch.Tensor,
-    tokens: torch.Tensor,
+    guesses: torch.Tensor,
     q: torch.Tensor | None,
+    first_rows: torch.Tensor,
     *,
     uniforms: tuple[torch.Tensor, torch.Tensor],
     sampling: Sampling,
@@ -154,33 +181,44 @@ def outcome(
 ) -> torch.Tensor:
     """What `told` reads, on the device and without waiting for it: one row of float64.
 
-    logits, masked: [K+1, V] float32; tokens: [K]; q: [K, V] or None; uniforms: [K] and [K+1].
+    logits, masked: [R, V] float32; the others: see `decide`.
     """
     if q is None and sampling.greedy:
-        decision = decide_greedily(masked, tokens)
+        decision = decide_greedily(masked, guesses, first_rows)
     else:
         p = warp(masked, sampling)
         if q is not None and q.shape[1] > p.shape[1]:
             p = torch.nn.functional.pad(p, (0, q.shape[1] - p.shape[1]))
-        decision = decide(p, q, tokens, *uniforms)
-    parts = [decision.accepted.view(1), decision.extra.view(1), tokens, decision.alphas]
+        decision = decide(p, q, guesses, first_rows, uniforms)
+    parts = [decision.accepted, decision.extra, guesses, decision.alphas]
     if trace:
-        parts += _trace_parts(logits, tokens, q)
+        parts += _trace_parts(logits, guesses, q)
     # Ids are below 2^53, so one float64 array carries everything.
     return torch.cat([part.flatten().double() for part in parts])
 
 
-def told(outcome_row: torch.Tensor, job: VerifyJob) -> Verdict:
-    """The verdict out of what `outcome` found: the one transfer to the host."""
-    k, host = job.proposal.num_tokens, outcome_row.cpu().numpy()
-    accepted = int(host[0])
-    return Verdict(
-        drafted_tokens=tuple(int(token) for token in host[2 : 2 + k]),
-        accepted_tokens=accepted,
-        extra_token=int(host[1]),
-        alphas=tuple(float(alpha) for alpha in host[2 + k : 2 + k + min(accepted + 1, k)]),
-        trace=_trace_of(host[2 + 2 * k :], host[2 : 2 + k], accepted) if job.trace else None,
-    )
+def told(outcome_row: torch.Tensor, jobs: Sequence[VerifyJob], *, sequences: int) -> list[Verdict]:
+    """The verdicts out of what `outcome` found for S >= len(jobs) sequences: the one transfer to the host."""
+    host = outcome_row.cpu().numpy()
+    accepted, extra, by_row = host[:sequences], host[sequences : 2 * sequences], host[2 * sequences :]
+    width = 2 + (2 * TRACE_TOP_TOKENS + 2 if jobs[0].trace else 0)
+    rows = len(by_row) // width
+    guesses, alphas, traced = by_row[:rows], by_row[rows : 2 * rows], by_row[2 * rows :]
+    verdicts, first = [], 0
+    for job, m, token in zip(jobs, accepted.astype(int).tolist(), extra.astype(int).tolist(), strict=False):
+        k = job.proposal.num_tokens
+        drafted = guesses[first : first + k]
+        verdicts.append(
+            Verdict(
+                drafted_tokens=tuple(drafted.astype(int).tolist()),
+                accepted_tokens=m,
+                extra_token=token,
+                alphas=tuple(alphas[first : first + min(m + 1, k)].tolist()),
+                trace=_trace_of(traced, drafted, rows, first, m) if job.trace else None,
+            )
+        )
+        first += k + 1
+    return verdicts
 
 
 def to_device(values: NDArray[np.float32], device: torch.device) -> torch.Tensor:
@@ -253,11 +291,14 @@ def _ranked(values: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torc
     return ranked.values, ids.gather(1, ranked.indices)
 
 
-def _trace_parts(logits: torch.Tensor, tokens: torch.Tensor, q: torch.Tensor | None) -> list[torch.Tensor]:
+def _trace_parts(logits: torch.Tensor, guesses: torch.Tensor, q: torch.Tensor | None) -> list[torch.Tensor]:
     logprobs = torch.log_softmax(logits, dim=-1)
     top_values, top_ids = _top(logprobs, min(TRACE_TOP_TOKENS, logits.shape[1]))
     tail = (1.0 - top_values.double().exp().sum(dim=-1)).clamp_(min=0.0)
-    guessed = torch.ones_like(tail[:-1]) if q is None else q.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    if q is None:
+        guessed = torch.ones_like(tail)
+    else:
+        guessed = q.gather(1, guesses.clamp(max=q.shape[1] - 1).unsqueeze(1)).squeeze(1)
     missing = (0, TRACE_TOP_TOKENS - top_ids.shape[1])
     ids = torch.nn.functional.pad(top_ids, missing, value=-1)
     return [ids, torch.nn.functional.pad(top_values, missing, value=-torch.inf), tail, guessed]
@@ -282,18 +323,21 @@ def _top(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return top.values, columns.gather(1, top.indices)
 
 
-def _trace_of(host: NDArray[np.float64], tokens: NDArray[np.float64], accepted: int) -> Trace:
-    """Cut the flat array that `_trace_parts` became: the rows of the emitted positions."""
-    k, rows, width = len(tokens), accepted + 1, TRACE_TOP_TOKENS
-    split = (k + 1) * width
-    ids, logprobs = host[:split].reshape(k + 1, width), host[split : 2 * split].reshape(k + 1, width)
-    tail, guessed = host[2 * split : 2 * split + k + 1], host[2 * split + k + 1 :]
-    draft_ids, draft_probs = tail[:rows] * 0 - 1, tail[:rows] * 0
-    draft_ids[:k], draft_probs[:k] = tokens[:rows], guessed[:rows]
+def _trace_of(
+    host: NDArray[np.float64], drafted: NDArray[np.float64], all_rows: int, first: int, accepted: int
+) -> Trace:
+    """Cut the flat array that `_trace_parts` became: the rows of one sequence's emitted positions."""
+    width, rows = TRACE_TOP_TOKENS, slice(first, first + accepted + 1)
+    split = all_rows * width
+    ids, logprobs = host[:split].reshape(-1, width), host[split : 2 * split].reshape(-1, width)
+    tail, guessed = host[2 * split :].reshape(2, -1)
+    draft_ids, draft_probs = tail[rows] * 0 - 1, tail[rows] * 0
+    tested = len(drafted[: accepted + 1])
+    draft_ids[:tested], draft_probs[:tested] = drafted[:tested], guessed[rows][:tested]
     return Trace(
-        top_ids=ids[:rows].astype("int32"),
-        top_logprobs=logprobs[:rows].astype("float32"),
-        tail_mass=tail[:rows].astype("float32"),
+        top_ids=ids[rows].astype("int32"),
+        top_logprobs=logprobs[rows].astype("float32"),
+        tail_mass=tail[rows].astype("float32"),
         draft_ids=draft_ids.astype("int32"),
         draft_probs=draft_probs.astype("float32"),
     )

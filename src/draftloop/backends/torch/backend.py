@@ -1,7 +1,7 @@
 """PyTorch behind the seam: opens a device, loads folders, drafts, verifies and wears adapters.
 
-Contract: `backends/base.py`. Sequences of a batch share each forward pass; where steps are recorded as CUDA
-graphs, which are one sequence's, they take turns.
+Contract: `backends/base.py`. Sequences of a batch share each forward pass. Where steps are recorded as CUDA
+graphs, those that are treated alike share each of these and their decision too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from draftloop.backends.base import Cache, Capabilities, PrefillJob, Proposal, P
 from draftloop.backends.torch.acceptance import verdict_of
 from draftloop.backends.torch.adapter import adapter_forms, deployed_layers
 from draftloop.backends.torch.cuda.graphs import graphed_steps, records_steps
-from draftloop.backends.torch.cuda.rounds import RecordedDrafts, verified
+from draftloop.backends.torch.cuda.rounds import RecordedDrafts, alike, verified
+from draftloop.backends.torch.cuda.shapes import TILE_ROWS, Reading, runs
 from draftloop.backends.torch.decoder import Decoder, TorchCache
 from draftloop.backends.torch.drafting import Draft, Piece, own_cache
 from draftloop.backends.torch.head import CutHead
@@ -116,17 +117,17 @@ class TorchModel:
     def propose(self, batch: Sequence[ProposeJob]) -> list[Proposal]:
         """See `Model`."""
         with memory_errors("drafting", _SERVING_REMEDY):
-            if self._steps is None:
+            if self._drafts is None:
                 return self._propose_by_steps(batch)
-            return [self._propose_recorded(self._steps, job) for job in batch]
+            return self._propose_recorded(self._drafts, batch)
 
     @torch.inference_mode()
     def verify(self, batch: Sequence[VerifyJob]) -> list[Verdict]:
         """See `Model`."""
         with memory_errors("verifying", _SERVING_REMEDY):
-            if self._steps is None:
+            if self._steps is None or self._cut is not None:
                 return self._verify_together(batch)
-            return [self._verify_recorded(self._steps, job) for job in batch]
+            return self._verify_recorded(self._steps, batch)
 
     @torch.inference_mode()
     def logits(self, cache: Cache, tokens: Sequence[int]) -> NDArray[np.float32]:
@@ -179,23 +180,24 @@ class TorchModel:
         host: NDArray[np.float32] = torch.cat(alphas).cpu().numpy()
         return host
 
-    def _propose_recorded(self, steps: GraphedSteps, job: ProposeJob) -> Proposal:
-        if self._drafts is not None:
-            job = self._caught_up(steps, job)
-            proposal = self._drafts.drafted(own_cache(job.cache), self._ids(job.unread), job)
-            if proposal is not None:
-                return proposal
-        return self._propose_by_steps([job])[0]
+    def _propose_recorded(self, drafts: RecordedDrafts, batch: Sequence[ProposeJob]) -> list[Proposal]:
+        batch = [self._caught_up(job) for job in batch]
+        proposals: dict[int, Proposal] = {}
+        for which in runs([alike(job.rules) for job in batch], [len(job.unread) for job in batch]):
+            jobs = [batch[index] for index in which]
+            drafted = None if alike(jobs[0].rules) is None else drafts.drafted(jobs)
+            proposals.update(zip(which, drafted or self._propose_by_steps(jobs), strict=True))
+        return [proposals[index] for index in range(len(batch))]
 
-    def _caught_up(self, steps: GraphedSteps, job: ProposeJob) -> ProposeJob:
+    def _caught_up(self, job: ProposeJob) -> ProposeJob:
         """What is left of the job for recorded steps, once the draft has read most of what it lags behind."""
         cache, ids, read = own_cache(job.cache), self._ids(job.unread), 0
         if len(ids) > _MOST_PIECEWISE_TOKENS:
             read = len(ids) - 1
             self.decoder.forward_batch([cache], [ids[:read]])
-        while len(ids) - read > steps.max_rows:
-            self._logits([Piece(cache, ids[read : read + steps.max_rows])], last=True)
-            read += steps.max_rows
+        while len(ids) - read > TILE_ROWS:
+            self._logits([Piece(cache, ids[read : read + TILE_ROWS])], last=True)
+            read += TILE_ROWS
         return replace(job, unread=job.unread[read:])
 
     def _propose_by_steps(self, batch: Sequence[ProposeJob]) -> list[Proposal]:
@@ -219,12 +221,14 @@ class TorchModel:
         head.follow(job.text)
         return head
 
-    def _verify_recorded(self, steps: GraphedSteps, job: VerifyJob) -> Verdict:
-        if self._cut is None:
-            verdict = verified(steps, own_cache(job.cache), self._to_verify(job), job)
-            if verdict is not None:
-                return verdict
-        return self._verify_together([job])[0]
+    def _verify_recorded(self, steps: GraphedSteps, batch: Sequence[VerifyJob]) -> list[Verdict]:
+        verdicts: dict[int, Verdict] = {}
+        kinds = [None if alike(job.rules) is None else (alike(job.rules), job.trace) for job in batch]
+        for which in runs(kinds, [job.proposal.num_tokens + 1 for job in batch]):
+            jobs, size = [batch[index] for index in which], self.architecture.vocab_size
+            found = None if kinds[which[0]] is None else verified(steps, jobs, size)
+            verdicts.update(zip(which, found or self._verify_together(jobs), strict=True))
+        return [verdicts[index] for index in range(len(batch))]
 
     def _verify_together(self, batch: Sequence[VerifyJob]) -> list[Verdict]:
         logits = self._logits([Piece(own_cache(job.cache), self._to_verify(job), self._cut) for job in batch])
@@ -244,12 +248,13 @@ class TorchModel:
 
     def _logits(self, pieces: Sequence[Piece], *, last: bool = False) -> list[torch.Tensor]:
         """Read each piece: logits of all its tokens, [T, V or n] float32, or of the last one only."""
-        if self._steps is not None and len(pieces) == 1:
-            logits = self._steps.logits(pieces[0].cache, pieces[0].ids)
-            if logits is not None:
-                return [logits[-1:] if last else logits]
-        hidden = self.decoder.forward_batch([one.cache for one in pieces], [one.ids for one in pieces])
         counts = [len(one.ids) for one in pieces]
+        if self._steps is not None:
+            readings = [Reading(one.cache, count) for one, count in zip(pieces, counts, strict=True)]
+            recorded = self._steps.logits(readings, torch.cat([one.ids for one in pieces]))
+            if recorded is not None:
+                return [logits[-1:] if last else logits for logits in recorded.split(counts)]
+        hidden = self.decoder.forward_batch([one.cache for one in pieces], [one.ids for one in pieces])
         if last:
             hidden = torch.cat([states[-1:] for states in hidden.split(counts)])
             counts = [1] * len(counts)

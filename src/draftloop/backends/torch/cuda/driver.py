@@ -61,7 +61,7 @@ class Kernel:
         self._attribute.value.allowed = 1
         self._num_attributes = int(torch.cuda.get_device_capability() >= _HOPPER)
 
-    def launch(self, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
+    def launch(self, blocks: tuple[int, int], threads: int, arguments: Sequence[Any]) -> None:
         """Queue it: tensors go as their addresses, None as no address, numbers as ctypes'.
 
         Raises:
@@ -70,7 +70,7 @@ class Kernel:
         values = [_value(argument) for argument in arguments]
         pointers = (c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         launch = _Launch(
-            (blocks, 1, 1),
+            (*blocks, 1),
             (threads, 1, 1),
             0,
             torch.cuda.current_stream().cuda_stream,

@@ -1,8 +1,9 @@
 """Decoding steps replayed as CUDA graphs, recorded when first needed.
 
 Contract: `GraphedSteps.logits` gives a short step's logits, `run` what series of launches make of them, or
-None where it cannot: then the caller goes the plain way. Graphs belong to one set of weights; another one (an
-adapter) starts anew. They serve every cache. Must not know how a step goes, nor what follows it.
+None where it cannot: then the caller goes the plain way. Sequences of a batch share a step. Graphs belong to
+one set of weights; another one (an adapter) starts anew. They serve every cache, and share the memory of what
+they compute on the way, for one of them runs at a time. Must not know how a step goes, nor what follows it.
 
 A step of a small model is bound by launching its kernels: 21 ms for a 0.5B model on an H100 whose weights
 are read in 0.3 ms. A graph is one launch.
@@ -19,17 +20,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from draftloop.backends.torch.cuda.shapes import Reading, Shape, shape_of
 from draftloop.backends.torch.native.library import SWITCH
 
 if TYPE_CHECKING:
     from draftloop.backends.torch.cuda.step import Step
-    from draftloop.backends.torch.decoder import Decoder, TorchCache
+    from draftloop.backends.torch.decoder import Decoder
     from draftloop.backends.torch.weights import Weights
 
 _WARM_UPS = 1
 """Runs before recording: they compile kernels and let libraries allocate what they keep."""
 _MOST_GRAPHS = 64
-"""Kept at a time. Each keeps the memory of what it computes; the oldest makes room."""
+"""Kept at a time. Each keeps the memory of what it gives; the oldest makes room."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -79,55 +81,62 @@ class GraphedSteps:
         self._decoder = decoder
         self._step = step
         self._max_tokens = max_tokens
-        self.max_rows = len(step.tokens)
         self._weights: Weights | None = None
         self._graphs: dict[Hashable, _Recorded] = {}
         self._refused: set[Hashable] = set()
         self._moved = False
 
-    def logits(self, cache: TorchCache, tokens: torch.Tensor) -> torch.Tensor | None:
-        """Read `tokens` [T] into `cache`: [T, V] float32, good until the next step of as many rows.
+    def shape_for(self, readings: Sequence[Reading]) -> Shape | None:
+        """What is recorded for them; None where they are too many, or one has no room for its tokens."""
+        caches = ((one.cache, one.num_tokens) for one in readings)
+        fits = all(
+            cache.max_tokens <= self._max_tokens and cache.position + count <= cache.max_tokens
+            for cache, count in caches
+        )
+        return shape_of([one.count for one in readings]) if fits else None
+
+    def logits(self, readings: Sequence[Reading], tokens: torch.Tensor) -> torch.Tensor | None:
+        """Read `tokens` [T] of all sequences, one behind another: [T, V] float32, good until the next run.
 
         None: too many tokens, or this device could not record the step; nothing was read then.
         """
-        rows = len(tokens)
-        part = Part(("logits", rows), lambda step, _: (step.logits(rows),))
-        found = self.run((part,), cache, tokens, inputs=(), num_read=rows)
-        return None if found is None else found[0]
+        shape = self.shape_for(readings)
+        if shape is None:
+            return None
+        part = Part(("logits", shape), lambda step, _: (step.logits(shape),))
+        found = self.run((part,), readings, tokens, shape, inputs=())
+        return None if found is None else found[0][: len(tokens)]
 
     def run(
         self,
         parts: Sequence[Part],
-        cache: TorchCache,
+        readings: Sequence[Reading],
         tokens: torch.Tensor,
+        shape: Shape,
         *,
         inputs: tuple[torch.Tensor, ...],
-        num_read: int,
     ) -> tuple[torch.Tensor, ...] | None:
-        """Run `parts` one after another behind what `cache` holds, the first on `tokens`.
+        """Run `parts` one after another behind what the caches hold, the first on `tokens`.
 
         Args:
-            parts: their bodies may read the tokens that were placed, and their inputs, and must not wait for
-                the device. One that stands there twice is recorded once.
-            cache: of this decoder.
+            parts: their bodies may read what was placed, and their inputs, and must not wait for the device.
+                One that stands there twice is recorded once.
+            readings: what all parts append to the caches of this decoder.
             tokens: [T], placed before the first part.
+            shape: what `shape_for` says of the readings.
             inputs: of each part; as in every run with its key, but for their values.
-            num_read: tokens that all parts append to the cache.
 
         Returns:
-            What the last part gives, good until it runs again. None where there are too many tokens, or this
-            device could not record a part; nothing was read then.
+            What the last part gives, good until the next run. None where this device could not record a part;
+            nothing was read then.
         """
-        fits = cache.max_tokens <= self._max_tokens and cache.position + num_read <= cache.max_tokens
-        if len(tokens) > self.max_rows or not fits:
-            return None
         if self._weights is not self._decoder.weights:
             self._graphs.clear()
             self._weights = self._decoder.weights
-        self._step.place(cache, tokens)
+        self._step.place(readings, tokens, shape)
         series = [self._ready(part, inputs) for part in parts]
         if self._moved:
-            self._step.place(cache, tokens)
+            self._step.place(readings, tokens, shape)
             self._moved = False
         known = [recorded for recorded in series if recorded is not None]
         if len(known) < len(series):
@@ -136,7 +145,8 @@ class GraphedSteps:
             for place, value in zip(recorded.inputs, inputs, strict=True):
                 place.copy_(value, non_blocking=True)
             recorded.graph.replay()
-        cache.advance(num_read)
+        for one in readings:
+            one.cache.advance(one.num_tokens)
         return known[-1].outputs
 
     def _ready(self, part: Part, inputs: tuple[torch.Tensor, ...]) -> _Recorded | None:
@@ -170,8 +180,9 @@ class GraphedSteps:
                 self._step.rewind()
                 body(self._step, inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        graph, others = torch.cuda.CUDAGraph(), next(iter(self._graphs.values()), None)
+        pool = None if others is None else others.graph.pool()
         # Another thread may train on this device meanwhile; its calls are no part of the graph.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             outputs = body(self._step, inputs)
         return _Recorded(graph, inputs, outputs)

@@ -1,13 +1,13 @@
-"""Triton kernels of one decoding step of up to `TILE_ROWS` tokens.
+"""Triton kernels of one decoding step of a few tokens, of one sequence or of several.
 
 Contract: every kernel treats each row by itself, in an order that does not depend on how many rows there
 are: a token's bits are the same whether it comes alone or among others. So verifying gives the very logits
-of decoding one token at a time. Where the cache is and how full, kernels read from `state`, on the device:
-one captured graph serves every cache. Must not know layers. Needs Triton, so it is imported on a GPU only.
+of decoding one token at a time. Where caches are and how full, kernels read from a table on the device
+(`shapes.py`): one captured graph serves all caches. Must not know layers. Needs Triton, so it is imported on
+a GPU only.
 
 Letters: T rows, M of a tile, D hidden, N outputs, H query heads, G key/value heads, R = H / G, E head width,
-S splits.
-`state` is [3] int64: the address of a cache [L, 2, G, max_tokens, E], the tokens that it holds, max_tokens.
+S splits. A cache is [L, 2, G, max_tokens, E].
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TILE_ROWS = 16
-"""Rows of one tensor-core tile: fewer cost the same."""
+from draftloop.backends.torch.cuda.shapes import FIELDS, TILE_ROWS
 
 _ROWS: tl.constexpr = tl.constexpr(TILE_ROWS)
+_FIELDS: tl.constexpr = tl.constexpr(FIELDS)
 
 
 @triton.jit
@@ -45,12 +45,13 @@ def multiply(
 ):
     """Y [S, T, N] = x [T, D] · weight [N, D]ᵀ; split s multiplies `share` inputs from s · `share` on.
 
+    Tiles of rows come first in the grid, so that one of them finds in the L2 cache what another has read.
     `gated`: weight is [2N, D], S is 1 and y = silu(first half) · second half.
     """
     _follow(chained)
-    column = tl.program_id(0) * block_outputs + tl.arange(0, block_outputs)
-    split = tl.program_id(1)
-    row = tl.arange(0, _ROWS)
+    row = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
+    column = tl.program_id(1) * block_outputs + tl.arange(0, block_outputs)
+    split = tl.program_id(2)
     step = split * share + tl.arange(0, block_width)
     known = row[:, None] < rows
     inside = column[None, :] < outputs
@@ -208,6 +209,8 @@ def _with_new(
     s,
     e,
     position,
+    first,
+    count,
     group,
     rows,
     eps,
@@ -218,14 +221,14 @@ def _with_new(
     biased: tl.constexpr,
     normed: tl.constexpr,
 ):
-    """`_held` with this step's own keys and values, which go to the cache.
+    """`_held` with the sequence's `count` new keys and values, from row `first` on, which go to the cache.
 
     Every program that comes by writes them, all the same bits, and reads only what it made itself.
     """
     if tl.max(s, axis=0) >= position:
-        row = s - position
         lines: tl.constexpr = heads + 2 * groups
-        new = ((row >= 0) & (row < rows))[:, None] & (e < width)[None, :]
+        new = ((s >= position) & (s < position + count))[:, None] & (e < width)[None, :]
+        row = first + s - position
         head = heads + group + tl.zeros_like(row)
         turned = _rotated(
             qkv, bias, norm, cos, sin, row, head, s, e, new, rows, eps, lines, width, splits, biased, normed
@@ -242,49 +245,56 @@ def _with_new(
 
 
 @triton.jit
-def _combined(peaks, sums, parts, line, e, known, width: tl.constexpr, splits: tl.constexpr):
-    """What the splits of each line found, [M, E]: weighted by their shares, in the splits' order."""
+def _combined(peaks, sums, parts, line, e, known, busy, width: tl.constexpr, splits: tl.constexpr):
+    """What the first `busy` splits of each line found, [M, E]: weighted by their shares, in their order."""
     split = tl.arange(0, splits)
     there = line[:, None] * splits + split[None, :]
-    rows_known = tl.max(known.to(tl.int32), axis=1) > 0
-    peak = tl.load(peaks + there, mask=rows_known[:, None], other=0.0, cache_modifier=".cg")
+    told = (tl.max(known.to(tl.int32), axis=1) > 0)[:, None] & (split < busy)[None, :]
+    peak = tl.load(peaks + there, mask=told, other=float("-inf"), cache_modifier=".cg")
     share = tl.exp(peak - tl.max(peak, axis=1)[:, None])
-    found = tl.load(sums + there, mask=rows_known[:, None], other=1.0, cache_modifier=".cg")
+    found = tl.load(sums + there, mask=told, other=0.0, cache_modifier=".cg")
     total = tl.sum(share * found, axis=1)
     mixed = tl.zeros(known.shape, tl.float32)
     for i in tl.static_range(splits):
         part = parts + (line * splits + i)[:, None] * width + e[None, :]
         weight = tl.sum(tl.where(split[None, :] == i, share, 0.0), axis=1)
-        mixed += weight[:, None] * tl.load(part, mask=known, other=0.0, cache_modifier=".cg")
+        mixed += weight[:, None] * tl.load(part, mask=known & (i < busy), other=0.0, cache_modifier=".cg")
     return mixed / total[:, None]
 
 
 @triton.jit
 def attend(
-    qkv, bias, q_norm, k_norm, cos, sin, state, peaks, sums, parts, counters, y, layer, rows, eps, scale,
+    qkv, bias, q_norm, k_norm, cos, sin, table, peaks, sums, parts, counters, y, layer, rows, eps, scale,
     heads: tl.constexpr, groups: tl.constexpr, width: tl.constexpr, block_width: tl.constexpr,
     block_keys: tl.constexpr, qkv_splits: tl.constexpr, splits: tl.constexpr,
     biased: tl.constexpr, normed: tl.constexpr, chained: tl.constexpr,
 ):  # fmt: skip
     """Attention of 16 of a group's R·T queries to every S-th block of keys (Dao 2023, flash-decoding).
 
-    Rotates queries and new keys, and puts the latter into the cache with their values. The last of a tile's S
-    programs, by `counters` [G, tiles], adds up what all found: the largest score and the sum of exponentials,
-    [T, H, S], and the weighted values [T, H, S, E], float32; y [T, H, E] is the result. Blocks belong to
-    splits by their place in the text, whatever its length. What earlier steps left is read before the wait.
+    The grid is groups by splits by the tiles of `table`. Rotates queries and new keys, and puts the latter
+    into the cache with their values. The last of a tile's programs, by `counters` [G, tiles], adds up what
+    all found: the largest score and the sum of exponentials, [T, H, S], and the weighted values [T, H, S, E],
+    float32; y [T, H, E] is the result. Blocks belong to splits by their place in the text, whatever its
+    length; splits that the text does not reach are left out. What earlier steps left is read before the wait.
     """
     repeats: tl.constexpr = heads // groups
+    entry = table + tl.program_id(2) * _FIELDS
+    position = tl.load(entry + 2).to(tl.int32)
+    count = tl.load(entry + 4).to(tl.int32)
+    m = tl.load(entry + 5).to(tl.int32) * _ROWS + tl.arange(0, _ROWS)
+    busy = tl.minimum(splits, (position + count + block_keys - 1) // block_keys)
+    if (tl.load(entry + 6) < 1) | (tl.program_id(1) >= busy):
+        return
     group = tl.program_id(0)
-    m = tl.program_id(2) * _ROWS + tl.arange(0, _ROWS)
-    row = m // repeats
+    first = tl.load(entry + 3).to(tl.int32)
+    row = first + m // repeats
     head = group * repeats + m % repeats
     line = row * heads + head
     e = tl.arange(0, block_width)
-    known = (m < rows * repeats)[:, None] & (e < width)[None, :]
-    position = tl.load(state + 1).to(tl.int32)
-    place = position + row
-    capacity = tl.load(state + 2)
-    keys = tl.load(state).to(tl.pointer_type(y.dtype.element_ty)) + (
+    known = (m < count * repeats)[:, None] & (e < width)[None, :]
+    place = position + m // repeats
+    capacity = tl.load(entry + 1)
+    keys = tl.load(entry).to(tl.pointer_type(y.dtype.element_ty)) + (
         (layer * 2 * groups + group) * capacity * width
     )
     values = keys + groups * capacity * width
@@ -298,20 +308,20 @@ def attend(
     peak = tl.full((_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((_ROWS,), tl.float32)
     mixed = tl.zeros((_ROWS, block_width), tl.float32)
-    for _ in range(tl.program_id(1) * block_keys, position + rows, splits * block_keys):
+    for _ in range(tl.program_id(1) * block_keys, position + count, splits * block_keys):
         k, v = _with_new(
-            k, v, qkv, bias, k_norm, cos, sin, keys, values, s, e, position, group,
+            k, v, qkv, bias, k_norm, cos, sin, keys, values, s, e, position, first, count, group,
             rows, eps, heads, groups, width, qkv_splits, biased, normed,
         )  # fmt: skip
         peak, total, mixed = _attended(queries, k, v, s[None, :] <= place[:, None], scale, peak, total, mixed)
         s += splits * block_keys
         k, v = _held(keys, values, s, e, position, width)
     out = line * splits + tl.program_id(1)
-    tl.store(peaks + out, peak, mask=m < rows * repeats)
-    tl.store(sums + out, total, mask=m < rows * repeats)
+    tl.store(peaks + out, peak, mask=m < count * repeats)
+    tl.store(sums + out, total, mask=m < count * repeats)
     tl.store(parts + out[:, None] * width + e[None, :], mixed, mask=known)
-    if _is_last(counters + group * tl.num_programs(2) + tl.program_id(2), splits):
-        mixed = _combined(peaks, sums, parts, line, e, known, width, splits)
+    if _is_last(counters + group * tl.num_programs(2) + tl.program_id(2), busy):
+        mixed = _combined(peaks, sums, parts, line, e, known, busy, width, splits)
         tl.store(y + line[:, None] * width + e[None, :], mixed.to(y.dtype.element_ty), mask=known)
 
 
@@ -330,7 +340,7 @@ def _attended(queries, k, v, seen, scale, peak, total, mixed):
 
 
 @triton.jit
-def _is_last(counter, programs: tl.constexpr):
+def _is_last(counter, programs):
     """Whether the other programs of this tile have written what they found; the last one resets the count."""
     tl.debug_barrier()
     last = tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1

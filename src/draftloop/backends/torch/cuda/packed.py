@@ -1,7 +1,7 @@
 """4-bit weights in the order in which `products.cu` reads them: loads are whole, codes stay as they are.
 
-Contract: as `torch/linear.py`: [T, in] bfloat16 -> [T, out] bfloat16. Up to 16 rows read each weight once;
-more of them (a prompt) multiply rows that were unpacked for that call. Must not know steps.
+Contract: as `torch/linear.py`: [T, in] bfloat16 -> [T, out] bfloat16. The kernels multiply a few rows; more
+(a prompt) are multiplied with rows that were unpacked for that call. Must not know steps.
 
 Sixteen outputs by 64 inputs are one block of 32 · 4 words. Output g + 8 · lower and input 32 · half + 8 · q +
 4 · step + 2 · pair + odd stand in lane 4 · g + q, word 2 · half + step, nibble lower + 2 · pair + 4 · odd.

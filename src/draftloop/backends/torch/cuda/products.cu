@@ -1,4 +1,6 @@
-// Products of at most 16 rows of activations with the weights of one layer, each weight read once.
+// Products of rows of activations with the weights of one layer. Up to 16 rows (a chunk) read each weight once;
+// the chunks of more rows ask for the same weights at the same time, so that one of them finds them in the L2
+// cache: the grid is chunks by programs, and chunks come first.
 //
 // Contract: a row's bits do not depend on the other rows, nor on how many there are: the tensor cores hold the
 // rows as columns, and every sum runs in an order that the shape alone fixes. Weights are bfloat16 [N, K] as a
@@ -8,7 +10,7 @@
 //   TILES     tiles of 16 outputs that a warp multiplies at once
 //   WARPS     that share the inputs of those tiles, block of 64 by block
 //   AHEAD     blocks whose weights a warp has asked for before it needs them
-//   COLUMNS   8 rows of activations each: 1 or 2
+//   COLUMNS   8 rows of activations each: 1 or 2 make a chunk
 //   EPILOGUE  PLAIN, GATED or RESIDUAL, see `multiply`
 //   SCALED    1: x still lacks its RMSNorm's factor, which is taken from `squares`
 //
@@ -79,7 +81,7 @@ struct Place {
     // The i-th of this program's tiles; a program that hangs over the end repeats the last one.
     __device__ __forceinline__ long long tile(int i) const {
         const int step = EPILOGUE == GATED ? i >> 1 : i;
-        const int inner = min((int)blockIdx.x * (OUTPUTS / TILE) + step, tiles - 1);
+        const int inner = min((int)blockIdx.y * (OUTPUTS / TILE) + step, tiles - 1);
         return inner + (EPILOGUE == GATED && (i & 1) ? tiles : 0);
     }
 };
@@ -209,7 +211,7 @@ struct Results {
     u16* next;
     const float* gain;
     float* squares;
-    int rows, outputs;
+    int first, rows, outputs;
 };
 
 // A program's sum over its warps of one row's output `column`; GATED: of the second half's too.
@@ -230,12 +232,12 @@ __device__ __forceinline__ float2 sum_of(const Parts& parts, const float* factor
 __device__ __forceinline__ void finish(const Parts& parts, const float* factors, const Results& to) {
     // Whole warps go round, so that they can add up squares among themselves.
     for (int e = threadIdx.x; e < (to.rows * OUTPUTS + 31) / 32 * 32; e += WARPS * 32) {
-        const int row = min(e / OUTPUTS, to.rows - 1), o = e % OUTPUTS, n = blockIdx.x * OUTPUTS + o;
+        const int row = min(e / OUTPUTS, to.rows - 1), o = e % OUTPUTS, n = blockIdx.y * OUTPUTS + o;
         const bool known = e / OUTPUTS < to.rows && n < to.outputs;
         const int column = EPILOGUE == GATED ? o / TILE * 2 * TILE + o % TILE : o;
         const float2 sums = sum_of(parts, factors, row, column);
         float value = sums.x;
-        const long long at = (long long)row * to.outputs + n;
+        const long long at = (long long)(to.first + row) * to.outputs + n;
         if (EPILOGUE == PLAIN && known) ((float*)to.y)[at] = value;
         if (EPILOGUE == GATED && known)
             ((u16*)to.y)[at] = to_bfloat16(value / (1.0f + __expf(-value)) * sums.y);
@@ -250,7 +252,7 @@ __device__ __forceinline__ void finish(const Parts& parts, const float* factors,
 #pragma unroll
             for (int step = OUTPUTS / 2; step > 0; step /= 2)
                 square += __shfl_xor_sync(0xffffffffu, square, step);
-            if (o == 0 && e / OUTPUTS < to.rows) to.squares[row * gridDim.x + blockIdx.x] = square;
+            if (o == 0 && e / OUTPUTS < to.rows) to.squares[(to.first + row) * gridDim.y + blockIdx.y] = square;
         }
     }
 }
@@ -268,6 +270,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) multiply(
     __shared__ float factors[16];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Place at = {lane, lane / 4, lane % 4, width / BLOCK, (outputs + TILE - 1) / TILE};
+    const int first_row = blockIdx.x * COLUMNS * 8;
+    x += (long long)first_row * width;
+    rows = min(rows - first_row, COLUMNS * 8);
     Slot slots[AHEAD];
     float total[TILES][COLUMNS][4] = {};
 #pragma unroll
@@ -277,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) multiply(
 #pragma unroll
     for (int p = 0; p < AHEAD; ++p)
         if (warp + p * WARPS < at.blocks) load_inputs(slots[p], at, x, rows, warp + p * WARPS);
-    if (SCALED) find_factors(factors, squares, num_squares, rows, width, eps);
+    if (SCALED) find_factors(factors, squares + first_row * num_squares, num_squares, rows, width, eps);
     for (int first = warp; first < at.blocks; first += AHEAD * WARPS) {
 #pragma unroll
         for (int p = 0; p < AHEAD; ++p) {
@@ -299,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) multiply(
             for (int e = 0; e < 4; ++e)
                 parts[warp][8 * c + 2 * at.q + e % 2][TILE * i + at.g + 8 * (e / 2)] = total[i][c][e];
     __syncthreads();
-    finish(parts, factors, Results{y, next, gain, squares_out, rows, outputs});
+    finish(parts, factors, Results{y, next, gain, squares_out, first_row, rows, outputs});
 }
 
 #if CODES

@@ -1,4 +1,4 @@
-"""Products of up to 16 rows with a layer's weights, and what is done to their results in the same launch.
+"""Products of a few rows with a layer's weights, and what is done to their results in the same launch.
 
 Contract: the host's side of `products.cu`. Each function is one launch that a CUDA graph can record, and
 gives a row the same bits whatever its neighbours. Rows are bfloat16, weights too or in 4 bits (`packed.py`).
@@ -22,7 +22,10 @@ import torch
 from draftloop.backends.torch.cuda.driver import CudaError, Kernel, compiled
 from draftloop.backends.torch.native.library import SWITCH
 
-MAX_ROWS = 16
+CHUNK_ROWS = 16
+"""Rows that read each weight once; more of them go in chunks, which share it through the L2 cache."""
+MAX_ROWS = 128
+"""More are multiplied faster by rows that were unpacked for that call."""
 TILE = 16
 """Outputs that one tensor-core instruction gives."""
 BLOCK = 64
@@ -181,12 +184,12 @@ def multiply(
 ) -> None:
     """Launch it; `multiply` in `products.cu` says what goes where. RESIDUAL takes `following` and `gain`."""
     count, outputs = y.shape
-    columns = 1 if count <= MAX_ROWS // 2 else 2
+    columns = 1 if count <= CHUNK_ROWS // 2 else 2
     scaled = rows.squares is not None
     variant = Variant(matrix.group_size, cut, epilogue, columns, scaled)
     tiles = cut.tiles // 2 if epilogue is Epilogue.GATED else cut.tiles
     _kernel("multiply", variant).launch(
-        -(-outputs // (TILE * tiles)),
+        (-(-count // CHUNK_ROWS), -(-outputs // (TILE * tiles))),
         32 * cut.warps,
         (
             rows.values,
@@ -212,7 +215,7 @@ def unpacked(matrix: Matrix) -> torch.Tensor:
     count = matrix.weight.numel()
     kernel = _kernel("unpack_rows", Variant(matrix.group_size, Cut(tiles=1, warps=1, ahead=1)))
     arguments = (matrix.weight, matrix.pairs, dense, c_int(matrix.outputs), c_int(matrix.width))
-    kernel.launch(-(-count // _THREADS), _THREADS, (*arguments, c_longlong(count)))
+    kernel.launch((-(-count // _THREADS), 1), _THREADS, (*arguments, c_longlong(count)))
     return dense
 
 

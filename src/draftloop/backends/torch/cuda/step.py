@@ -1,20 +1,20 @@
 """One decoding step of a few tokens as a fixed series of launches: what a CUDA graph can record.
 
 Contract: `Step.logits` reads the tokens that `Step.place` put on the device, appends their keys and values to
-the cache it named, and returns their logits. Nothing in between depends on a number of the host but the
-count of rows. Plain layers, dense or 4-bit, use kernels that round a row the same way whatever its neighbours
-(`products.py` for bfloat16, `kernels.py` for other types); an adapted layer is called as it is. Must not know
-sampling.
+the caches it named, and returns their logits; `Step.next_logits` reads one token more for each sequence.
+Nothing in between depends on a number of the host but the shape. Plain layers, dense or 4-bit, use kernels
+that round a row the same way whatever its neighbours (`products.py` for bfloat16, `kernels.py` for other
+types); an adapted layer is called as it is. Must not know sampling.
 
 Where both sides of a norm are `products.py`'s, it costs no launch: the product before leaves x · gain and the
 sums of x², and the product behind applies the factor to its result.
 
-Letters: T rows, D hidden, H query heads, G key/value heads, E head width, V vocabulary.
+Letters: T rows, S sequences, D hidden, H query heads, G key/value heads, E head width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,16 +22,27 @@ import torch
 from draftloop.backends.torch.cuda import kernels, products
 from draftloop.backends.torch.cuda.packed import PackedInt4Linear
 from draftloop.backends.torch.cuda.products import Matrix, Rows
+from draftloop.backends.torch.cuda.shapes import (
+    FIELDS,
+    LARGEST,
+    POSITION,
+    STEPS,
+    TILE_ROWS,
+    first_rows,
+    table,
+    table_after,
+)
 from draftloop.backends.torch.cuda.tiles import tiles_of
 from draftloop.backends.torch.decoder import rope_tables
 from draftloop.backends.torch.linear import DenseLinear, Int4Linear
 
 if TYPE_CHECKING:
-    from draftloop.backends.torch.decoder import Decoder, TorchCache
+    from collections.abc import Sequence
+
+    from draftloop.backends.torch.cuda.shapes import Reading, Shape
+    from draftloop.backends.torch.decoder import Decoder
     from draftloop.backends.torch.linear import Linear
     from draftloop.backends.torch.weights import Layer
-
-MAX_ROWS = kernels.TILE_ROWS
 
 _SPLITS = 16
 _BLOCK_KEYS = 32
@@ -39,63 +50,92 @@ _GATE_BLOCK = 1024
 
 
 class Step:
-    """The launches of one step of `decoder`, and the device memory that tells them where they are."""
+    """The launches of one step of `decoder`, and the device memory that tells them where they are.
+
+    Attributes:
+        tokens: what is read next, at most `shapes.MAX_ROWS`.
+        first_rows: [S] of each sequence that was placed; 0 of others.
+        last_rows: likewise.
+    """
 
     def __init__(self, decoder: Decoder, max_tokens: int) -> None:
         device = decoder.weights.final_norm.device
         self._decoder = decoder
         self._cos, self._sin = rope_tables(decoder.architecture, max_tokens, device)
-        self.tokens = torch.zeros(MAX_ROWS, dtype=torch.long, device=device)
-        self._state = torch.zeros(3, dtype=torch.long, device=device)
         shapes = decoder.architecture
-        most_tiles = -(-MAX_ROWS * (shapes.num_heads // shapes.num_kv_heads) // kernels.TILE_ROWS)
-        self._counters = torch.zeros(shapes.num_kv_heads * most_tiles, dtype=torch.int32, device=device)
-        self._placed = (0, 0)
-        self._position = 0
+        self._queries = shapes.num_heads // shapes.num_kv_heads
+        tiles, tiles_after = LARGEST.tiles(self._queries), LARGEST.following.tiles(self._queries)
+        self.tokens = torch.zeros(LARGEST.rows, dtype=torch.long, device=device)
+        counts = (tiles * FIELDS, tiles_after * FIELDS, LARGEST.sequences, LARGEST.sequences)
+        self._placed = torch.zeros(sum(counts), dtype=torch.long)
+        self._places = self._placed.to(device)
+        self._host = _Places(*self._placed.split(counts))
+        self._device = _Places(*self._places.split(counts))
+        self.first_rows, self.last_rows = self._device.first_rows, self._device.last_rows
+        onwards = torch.zeros(FIELDS, dtype=torch.long)
+        onwards[POSITION], onwards[STEPS] = 1, -1
+        self._onwards = onwards.to(device)
+        self._counters = torch.zeros(shapes.num_kv_heads * tiles, dtype=torch.int32, device=device)
         # A kernel may be set up while the one before it runs: from Hopper on.
         chained = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._chain: dict[str, Any] = {"chained": chained}
         if chained:
             self._chain["launch_pdl"] = True
 
-    def place(self, cache: TorchCache, tokens: torch.Tensor) -> None:
-        """Say what `logits` reads next: `tokens` [T], at most `MAX_ROWS`, behind what `cache` holds."""
-        where = cache.values.data_ptr(), cache.max_tokens
-        if where != self._placed:
-            self._state.copy_(torch.tensor((where[0], 0, where[1])))
-            self._placed = where
-        self._position = cache.position
+    def place(self, readings: Sequence[Reading], tokens: torch.Tensor, shape: Shape) -> None:
+        """Say what is read next: `tokens` [T] of all `readings`, which fit into `shape`."""
+        reading = table(readings, shape, self._queries)
+        after = table_after(readings, shape, self._queries)
+        firsts = first_rows(readings)
+        lasts = [first + one.count - 1 for first, one in zip(firsts, readings, strict=True)]
+        self._placed.zero_()
+        for place, values in (
+            (self._host.reading, reading),
+            (self._host.following, after),
+            (self._host.first_rows, firsts),
+            (self._host.last_rows, lasts),
+        ):
+            flat = torch.as_tensor(values).flatten()
+            place[: len(flat)] = flat
         self.rewind()
         self.tokens[: len(tokens)].copy_(tokens, non_blocking=True)
 
-    def follow(self, tokens: torch.Tensor, num_read: int) -> None:
-        """Launch: what `logits` reads next is `tokens` [T], behind the `num_read` that it read last."""
-        self._state[1:2].add_(num_read)
-        self.tokens[: len(tokens)].copy_(tokens)
-
     def rewind(self) -> None:
-        """What is read next stands where it last was placed, for runs whose results nobody needs."""
-        self._state[1].fill_(self._position)
+        """Everybody stands where they last were placed, for runs whose results nobody needs."""
+        self._places.copy_(self._placed, non_blocking=True)
 
-    def logits(self, rows: int) -> torch.Tensor:
-        """Launch the step of the first `rows` tokens that were placed: [rows, V] float32."""
+    def logits(self, shape: Shape) -> torch.Tensor:
+        """Launch the step of the tokens that were placed: [T, V] float32."""
+        return self._logits(shape, self._device.reading)
+
+    def next_logits(self, shape: Shape) -> torch.Tensor:
+        """Launch a step behind it, of a token for each sequence that goes on: [S, V] float32.
+
+        shape: of the first step. The tokens are the first S of `tokens`; rows of those who do not go on are
+        no one's.
+        """
+        following = shape.following
+        logits = self._logits(following, self._device.following)
+        self._device.following.view(-1, FIELDS)[: following.tiles(self._queries)].add_(self._onwards)
+        return logits
+
+    def _logits(self, shape: Shape, where: torch.Tensor) -> torch.Tensor:
         decoder = self._decoder
         last = decoder.architecture.vocab_size - 1
-        x = decoder.weights.embedding(self.tokens[:rows].clamp(max=last))
+        x = decoder.weights.embedding(self.tokens[: shape.rows].clamp(max=last))
         layers = decoder.weights.layers
         gains = [*(layer.input_norm for layer in layers[1:]), decoder.weights.final_norm]
         inputs = Rows(self._normalized(x, None, layers[0].input_norm))
         for index, (layer, gain) in enumerate(zip(layers, gains, strict=True)):
             qkv, bias = self._qkv(layer.qkv, inputs)
-            inputs = self._added(
-                layer.output, Rows(self._attention(layer, index, qkv, bias)), x, layer.post_norm
-            )
+            attended = self._attention(layer, index, qkv, bias, where[: shape.tiles(self._queries) * FIELDS])
+            inputs = self._added(layer.output, Rows(attended), x, layer.post_norm)
             inputs = self._added(layer.down, Rows(self._gated(layer.gate_up, inputs)), x, gain)
         logits = self._product(decoder.weights.head, inputs)
         return (logits[0] if len(logits) == 1 else logits.sum(dim=0)).float()
 
     def _product(self, linear: Linear, inputs: Rows) -> torch.Tensor:
-        """`linear` of [T, in] in parts whose sum it is, [S, T, out]; one part where S may not be more."""
+        """`linear` of [T, in] in parts whose sum it is, [splits, T, out]."""
         matrix = _matrix(linear)
         if matrix is not None:
             return products.plain(matrix, inputs)[None]
@@ -137,7 +177,7 @@ class Step:
         # Rounding may leave the last splits nothing to do.
         splits = -(-width // share)
         y = x.new_empty(splits, len(x), outputs, dtype=x.dtype if gated else torch.float32)
-        kernels.multiply[(-(-outputs // tiles.outputs), splits)](
+        kernels.multiply[(-(-len(x) // TILE_ROWS), -(-outputs // tiles.outputs), splits)](
             x,
             weight,
             y,
@@ -155,7 +195,7 @@ class Step:
         return y
 
     def _normalized(self, x: torch.Tensor, parts: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-        """Add `parts` [S, T, D] to x [T, D], in place, and norm it."""
+        """Add `parts` [splits, T, D] to x [T, D], in place, and norm it."""
         rows, width = x.shape
         y = torch.empty_like(x, dtype=self._decoder.dtype)
         kernels.normalize[(rows,)](
@@ -174,24 +214,28 @@ class Step:
         return y
 
     def _attention(
-        self, layer: Layer, index: int, qkv: torch.Tensor, bias: torch.Tensor | None
+        self,
+        layer: Layer,
+        index: int,
+        qkv: torch.Tensor,
+        bias: torch.Tensor | None,
+        where: torch.Tensor,
     ) -> torch.Tensor:
-        """Qkv in parts [S, T, (H + 2G)·E] -> [T, H·E]; keys and values go to the cache."""
+        """Qkv in parts [splits, T, (H + 2G)·E] -> [T, H·E]; keys and values go to the caches in `where`."""
         shapes, rows = self._decoder.architecture, qkv.shape[1]
         heads, groups, width = shapes.num_heads, shapes.num_kv_heads, shapes.head_dim
         normed = layer.q_norm is not None
         peaks, sums = qkv.new_empty(2, rows * heads, _SPLITS, dtype=torch.float32)
         parts = qkv.new_empty(rows * heads, _SPLITS, width, dtype=torch.float32)
         y = qkv.new_empty(rows, heads * width, dtype=self._decoder.dtype)
-        tiles = -(-rows * (heads // groups) // kernels.TILE_ROWS)
-        kernels.attend[(groups, _SPLITS, tiles)](
+        kernels.attend[(groups, _SPLITS, len(where) // FIELDS)](
             qkv,
             y if bias is None else bias,
             layer.q_norm if normed else y,
             layer.k_norm if normed else y,
             self._cos,
             self._sin,
-            self._state,
+            where,
             peaks,
             sums,
             parts,
@@ -215,6 +259,16 @@ class Step:
             **self._chain,
         )
         return y
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """The parts of what is placed: two tables of `shapes.py`, flat, and rows."""
+
+    reading: torch.Tensor
+    following: torch.Tensor
+    first_rows: torch.Tensor
+    last_rows: torch.Tensor
 
 
 def _matrix(linear: Linear) -> Matrix | None:
