@@ -1,6 +1,6 @@
-// Products of rows of activations with the weights of one layer. Up to 16 rows (a chunk) read each weight once;
-// the chunks of more rows ask for the same weights at the same time, so that one of them finds them in the L2
-// cache: the grid is chunks by programs, and chunks come first.
+// Products of rows of activations with the weights of one layer. Up to 16 rows are a chunk. A program multiplies
+// some of them with weights that it reads once; programs with other chunks ask for the same weights at the same
+// time, so that all but one find them in the L2 cache: these come first in the grid.
 //
 // Contract: a row's bits do not depend on the other rows, nor on how many there are: the tensor cores hold the
 // rows as columns, and every sum runs in an order that the shape alone fixes. Weights are bfloat16 [N, K] as a
@@ -11,6 +11,8 @@
 //   WARPS     that share the inputs of those tiles, block of 64 by block
 //   AHEAD     blocks whose weights a warp has asked for before it needs them
 //   COLUMNS   8 rows of activations each: 1 or 2 make a chunk
+//   CHUNKS    of a program, at most
+//   PROGRAMS  that a multiprocessor has to have registers for
 //   EPILOGUE  PLAIN, GATED or RESIDUAL, see `multiply`
 //   SCALED    1: x still lacks its RMSNorm's factor, which is taken from `squares`
 //
@@ -23,6 +25,7 @@
 
 #define TILE 16
 #define BLOCK 64
+#define CHUNK_ROWS (COLUMNS * 8)
 #define OUTPUTS ((EPILOGUE == GATED ? TILES / 2 : TILES) * TILE)
 #define FRAGMENTS (CODES ? 1 : 4)
 
@@ -63,17 +66,31 @@ __device__ __forceinline__ u32 word_of(const uint4& four, int index) {
     return index == 0 ? four.x : index == 1 ? four.y : index == 2 ? four.z : four.w;
 }
 
-// Eight codes of a word as bfloat16 numbers 128 + code: the code becomes the last bits of 128's mantissa.
-__device__ __forceinline__ void unpack(u32 (&a)[4], u32 word) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) a[r] = (word >> (4 * r) & 0x000f000fu) | 0x43004300u;
+__device__ __forceinline__ u32 add_scaled(u32 pair, u32 scales, u32 biases) {
+    u32 sum;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(pair), "r"(scales), "r"(biases));
+    return sum;
 }
 
-// What a warp has loaded of one block of 64 inputs.
+// Eight codes of a word as weights, rounded to bfloat16 once. A code becomes the last bits of 128's mantissa; what
+// is left after 128 was taken away is exact. `upper` and `lower`: scale and bias of rows g and g + 8.
+__device__ __forceinline__ void unpack(u32 (&a)[4], u32 word, u32 upper, u32 lower) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+        const u32 pair = r % 2 ? lower : upper;
+        const u32 codes = add_scaled((word >> (4 * r) & 0x000f000fu) | 0x43004300u, 0x3f803f80u, 0xc300c300u);
+        a[r] = add_scaled(codes, __byte_perm(pair, 0, 0x1010), __byte_perm(pair, 0, 0x3232));
+    }
+}
+
+// What a warp has loaded of one block of 64 inputs: of one chunk's rows, and of the weights.
+struct Inputs {
+    uint4 x[COLUMNS][2];
+};
 struct Slot {
     uint4 weights[TILES][FRAGMENTS];
     uint4 pairs[TILES];
-    uint4 x[COLUMNS][2];
+    Inputs inputs;
 };
 
 struct Place {
@@ -112,98 +129,80 @@ __device__ __forceinline__ void load_weights(
     }
 }
 
-__device__ __forceinline__ void load_inputs(Slot& slot, const Place& at, const u16* x, int rows, int block) {
+__device__ __forceinline__ void load_inputs(Inputs& to, const Place& at, const u16* x, int rows, int block) {
 #pragma unroll
     for (int c = 0; c < COLUMNS; ++c) {
         const int row = 8 * c + at.g;
         const uint4* from = (const uint4*)(x + ((long long)row * at.blocks + block) * BLOCK) + at.q;
-        slot.x[c][0] = row < rows ? from[0] : make_uint4(0, 0, 0, 0);
-        slot.x[c][1] = row < rows ? from[4] : make_uint4(0, 0, 0, 0);
+        to.x[c][0] = row < rows ? from[0] : make_uint4(0, 0, 0, 0);
+        to.x[c][1] = row < rows ? from[4] : make_uint4(0, 0, 0, 0);
     }
 }
 
+// The weights of 16 outputs by 16 inputs, as a tensor core takes them.
+__device__ __forceinline__ void take_weights(u32 (&a)[4], const Slot& slot, int i, int half, int step) {
 #if CODES
-// total += scale · Σ (128 + code) · x + (bias - 128 · scale) · Σ x, group by group.
-__device__ __forceinline__ void multiply_block(float (&total)[TILES][COLUMNS][4], const Slot& slot) {
-    const u32 ones[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
-    float sums[COLUMNS][4], parts[TILES][COLUMNS][4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        if (CODES == 32 || half == 0) {
-#pragma unroll
-            for (int c = 0; c < COLUMNS; ++c)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    sums[c][e] = 0;
-#pragma unroll
-                    for (int i = 0; i < TILES; ++i) parts[i][c][e] = 0;
-                }
-        }
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-#pragma unroll
-            for (int c = 0; c < COLUMNS; ++c)
-                add_product(sums[c], ones, word_of(slot.x[c][half], 2 * step),
-                            word_of(slot.x[c][half], 2 * step + 1));
-#pragma unroll
-            for (int i = 0; i < TILES; ++i) {
-                u32 a[4];
-                unpack(a, word_of(slot.weights[i][0], 2 * half + step));
-#pragma unroll
-                for (int c = 0; c < COLUMNS; ++c)
-                    add_product(parts[i][c], a, word_of(slot.x[c][half], 2 * step),
-                                word_of(slot.x[c][half], 2 * step + 1));
-            }
-        }
-        if (CODES == 32 || half == 1) {
-#pragma unroll
-            for (int i = 0; i < TILES; ++i)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const u32 pair = word_of(slot.pairs[i], 2 * half + e / 2);
-                    const float scale = low_half(pair);
-                    const float zero = __fmaf_rn(-128.0f, scale, high_half(pair));
-#pragma unroll
-                    for (int c = 0; c < COLUMNS; ++c)
-                        total[i][c][e] = __fmaf_rn(
-                            parts[i][c][e], scale, __fmaf_rn(sums[c][e], zero, total[i][c][e]));
-                }
-        }
-    }
-}
+    unpack(a, word_of(slot.weights[i][0], 2 * half + step), word_of(slot.pairs[i], 2 * half),
+           word_of(slot.pairs[i], 2 * half + 1));
 #else
-__device__ __forceinline__ void multiply_block(float (&total)[TILES][COLUMNS][4], const Slot& slot) {
+    const uint4 &upper = slot.weights[i][2 * half], &lower = slot.weights[i][2 * half + 1];
+    a[0] = word_of(upper, 2 * step), a[1] = word_of(lower, 2 * step);
+    a[2] = word_of(upper, 2 * step + 1), a[3] = word_of(lower, 2 * step + 1);
+#endif
+}
+
+// total += the products of a block's weights, taken once, with all chunks' inputs; `x` is the first chunk's.
+__device__ __forceinline__ void multiply_block(
+    float (&total)[CHUNKS][TILES][COLUMNS][4], const Slot& slot, const Place& at, const u16* x, int rows, int block) {
+    Inputs inputs[CHUNKS];
+    inputs[0] = slot.inputs;
+#pragma unroll
+    for (int chunk = 1; chunk < CHUNKS; ++chunk) {
+        const int skipped = chunk * CHUNK_ROWS;
+        load_inputs(inputs[chunk], at, x + (long long)skipped * at.blocks * BLOCK, rows - skipped, block);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int step = 0; step < 2; ++step)
 #pragma unroll
             for (int i = 0; i < TILES; ++i) {
-                const uint4 &upper = slot.weights[i][2 * half], &lower = slot.weights[i][2 * half + 1];
-                const u32 a[4] = {word_of(upper, 2 * step), word_of(lower, 2 * step),
-                                  word_of(upper, 2 * step + 1), word_of(lower, 2 * step + 1)};
+                u32 a[4];
+                take_weights(a, slot, i, half, step);
 #pragma unroll
-                for (int c = 0; c < COLUMNS; ++c)
-                    add_product(total[i][c], a, word_of(slot.x[c][half], 2 * step),
-                                word_of(slot.x[c][half], 2 * step + 1));
+                for (int chunk = 0; chunk < CHUNKS; ++chunk)
+#pragma unroll
+                    for (int c = 0; c < COLUMNS; ++c) {
+                        const uint4& in = inputs[chunk].x[c][half];
+                        add_product(total[chunk][i][c], a, word_of(in, 2 * step), word_of(in, 2 * step + 1));
+                    }
             }
 }
-#endif
 
-// Each row's 1 / sqrt(mean x² + eps), out of the sums of squares that RESIDUAL left.
+// Each row's 1 / sqrt(mean x² + eps), out of the sums of squares that RESIDUAL left. All that a warp reads is
+// asked for at once.
 __device__ __forceinline__ void find_factors(
     float* factors, const float* squares, int num_squares, int rows, int width, float eps) {
-    for (int row = threadIdx.x / 32; row < rows; row += WARPS) {
-        float sum = 0;
-        for (int i = threadIdx.x % 32; i < num_squares; i += 32) sum += squares[row * num_squares + i];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float sums[(CHUNKS * CHUNK_ROWS + WARPS - 1) / WARPS] = {};
 #pragma unroll
-        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-        if (threadIdx.x % 32 == 0) factors[row] = rsqrtf(sum / width + eps);
+    for (int r = 0; r < (CHUNKS * CHUNK_ROWS + WARPS - 1) / WARPS; ++r)
+        if (warp + r * WARPS < rows) {
+            const float* from = squares + (warp + r * WARPS) * num_squares;
+#pragma unroll 4
+            for (int i = lane; i < num_squares; i += 32) sums[r] += from[i];
+        }
+#pragma unroll
+    for (int r = 0; r < (CHUNKS * CHUNK_ROWS + WARPS - 1) / WARPS; ++r) {
+        if (warp + r * WARPS >= rows) break;
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) sums[r] += __shfl_xor_sync(0xffffffffu, sums[r], step);
+        if (lane == 0) factors[warp + r * WARPS] = rsqrtf(sums[r] / width + eps);
     }
 }
 
-// What the warps of a program found: [warp][row][output].
-typedef float Parts[WARPS][COLUMNS * 8][TILES * TILE + 1];
+// What the warps of a program found: [warp][row][output]. So padded, the lanes of a warp write to 32 banks.
+typedef float Parts[WARPS][CHUNK_ROWS][TILES * TILE + 4];
 
 // Where results go, and what is done to them on the way: see `multiply`.
 struct Results {
@@ -263,48 +262,57 @@ __device__ __forceinline__ void finish(const Parts& parts, const float* factors,
 //   RESIDUAL  y [T, N] float32 += product; next [T, N] bfloat16 = y · gain; squares_out [T, programs]: each
 //             program's sum of y²
 // What comes next multiplies `next` and applies the norm's factor to its own result (SCALED).
-extern "C" __global__ void __launch_bounds__(WARPS * 32) multiply(
+extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) multiply(
     const u16* x, const uint4* weight, const void* pairs, const float* squares, void* y, u16* next,
     const float* gain, float* squares_out, int num_squares, int rows, int outputs, int width, float eps) {
     __shared__ Parts parts;
-    __shared__ float factors[16];
+    __shared__ float factors[CHUNKS * CHUNK_ROWS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Place at = {lane, lane / 4, lane % 4, width / BLOCK, (outputs + TILE - 1) / TILE};
-    const int first_row = blockIdx.x * COLUMNS * 8;
+    const int first_row = blockIdx.x * CHUNKS * CHUNK_ROWS;
     x += (long long)first_row * width;
-    rows = min(rows - first_row, COLUMNS * 8);
+    rows = min(rows - first_row, CHUNKS * CHUNK_ROWS);
     Slot slots[AHEAD];
-    float total[TILES][COLUMNS][4] = {};
+    float total[CHUNKS][TILES][COLUMNS][4] = {};
 #pragma unroll
     for (int p = 0; p < AHEAD; ++p)
         if (warp + p * WARPS < at.blocks) load_weights(slots[p], at, weight, pairs, warp + p * WARPS);
     wait_for_the_kernel_before();
 #pragma unroll
     for (int p = 0; p < AHEAD; ++p)
-        if (warp + p * WARPS < at.blocks) load_inputs(slots[p], at, x, rows, warp + p * WARPS);
+        if (warp + p * WARPS < at.blocks) load_inputs(slots[p].inputs, at, x, rows, warp + p * WARPS);
     if (SCALED) find_factors(factors, squares + first_row * num_squares, num_squares, rows, width, eps);
     for (int first = warp; first < at.blocks; first += AHEAD * WARPS) {
 #pragma unroll
         for (int p = 0; p < AHEAD; ++p) {
             const int block = first + p * WARPS, later = block + AHEAD * WARPS;
             if (block < at.blocks) {
-                multiply_block(total, slots[p]);
+                multiply_block(total, slots[p], at, x, rows, block);
                 if (later < at.blocks) {
                     load_weights(slots[p], at, weight, pairs, later);
-                    load_inputs(slots[p], at, x, rows, later);
+                    load_inputs(slots[p].inputs, at, x, rows, later);
                 }
             }
         }
     }
 #pragma unroll
-    for (int i = 0; i < TILES; ++i)
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        const int skipped = chunk * CHUNK_ROWS;
+        if (skipped >= rows) break;
+        // What the chunk before left has been read.
+        if (chunk > 0) __syncthreads();
 #pragma unroll
-        for (int c = 0; c < COLUMNS; ++c)
+        for (int i = 0; i < TILES; ++i)
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
-                parts[warp][8 * c + 2 * at.q + e % 2][TILE * i + at.g + 8 * (e / 2)] = total[i][c][e];
-    __syncthreads();
-    finish(parts, factors, Results{y, next, gain, squares_out, first_row, rows, outputs});
+            for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    parts[warp][8 * c + 2 * at.q + e % 2][TILE * i + at.g + 8 * (e / 2)] =
+                        total[chunk][i][c][e];
+        __syncthreads();
+        const int left = min(rows - skipped, CHUNK_ROWS);
+        finish(parts, factors + skipped, Results{y, next, gain, squares_out, first_row + skipped, left, outputs});
+    }
 }
 
 #if CODES

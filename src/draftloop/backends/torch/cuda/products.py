@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from ctypes import c_float, c_int, c_longlong
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from draftloop.backends.torch.cuda.driver import CudaError, Kernel, compiled
 from draftloop.backends.torch.native.library import SWITCH
 
 CHUNK_ROWS = 16
-"""Rows that read each weight once; more of them go in chunks, which share it through the L2 cache."""
+"""Rows that a program multiplies at once; more of them are its next chunk, or another program's."""
 MAX_ROWS = 128
 """More are multiplied faster by rows that were unpacked for that call."""
 TILE = 16
@@ -39,6 +39,8 @@ _FEW_OUTPUTS = 2048
 """So few leave multiprocessors without a program, so that each program needs many warps."""
 _WIDE = 4096
 """So many inputs keep the GPU busy with one tile of outputs a warp."""
+_SHARED_WARPS = 16
+"""Products with so many warps have few programs: chunks of their own would come one wave after another."""
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +85,23 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Tiles that a warp multiplies at once, warps that share their inputs, blocks asked for ahead."""
+    """Tiles that a warp multiplies at once, warps that share their inputs, blocks asked for ahead.
+
+    `chunks` are multiplied by one program; a multiprocessor has to have room for so many `programs`. A row's
+    bits depend on `warps` alone, among which its sum is divided.
+    """
 
     tiles: int
     warps: int
     ahead: int
+    chunks: int = 1
+    programs: int = 1
+
+    def with_rows(self, count: int) -> Cut:
+        """The same sums where there are so many rows."""
+        if self.warps == _SHARED_WARPS and count > 2 * CHUNK_ROWS:
+            return replace(self, ahead=1, chunks=2)
+        return self
 
 
 def cut_of(matrix: Matrix, epilogue: Epilogue) -> Cut:
@@ -96,8 +110,10 @@ def cut_of(matrix: Matrix, epilogue: Epilogue) -> Cut:
     The number of rows is no part of it: a row's rounding would then depend on it too.
     """
     many = matrix.outputs > _MANY_TILES * TILE
-    if epilogue is Epilogue.GATED or (many and matrix.group_size):
+    if epilogue is Epilogue.GATED:
         return Cut(tiles=2, warps=8, ahead=1)
+    if many and matrix.group_size:
+        return Cut(tiles=4, warps=4, ahead=1, programs=3)
     if matrix.group_size and matrix.width > _WIDE and matrix.outputs <= _FEW_OUTPUTS:
         return Cut(tiles=1, warps=28, ahead=1)
     return Cut(tiles=1 if matrix.width > _WIDE else 2, warps=16, ahead=2)
@@ -122,6 +138,8 @@ class Variant:
             "WARPS": self.cut.warps,
             "AHEAD": self.cut.ahead,
             "COLUMNS": self.columns,
+            "CHUNKS": self.cut.chunks,
+            "PROGRAMS": self.cut.programs,
             "EPILOGUE": int(self.epilogue),
             "SCALED": int(self.scaled),
         }
@@ -184,12 +202,13 @@ def multiply(
 ) -> None:
     """Launch it; `multiply` in `products.cu` says what goes where. RESIDUAL takes `following` and `gain`."""
     count, outputs = y.shape
+    cut = cut.with_rows(count)
     columns = 1 if count <= CHUNK_ROWS // 2 else 2
     scaled = rows.squares is not None
     variant = Variant(matrix.group_size, cut, epilogue, columns, scaled)
     tiles = cut.tiles // 2 if epilogue is Epilogue.GATED else cut.tiles
     _kernel("multiply", variant).launch(
-        (-(-count // CHUNK_ROWS), -(-outputs // (TILE * tiles))),
+        (-(-count // (CHUNK_ROWS * cut.chunks)), -(-outputs // (TILE * tiles))),
         32 * cut.warps,
         (
             rows.values,

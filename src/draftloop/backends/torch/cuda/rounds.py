@@ -124,7 +124,7 @@ class RecordedDrafts:
         def body(step: Step, masks: Tensors) -> Tensors:
             room.next.zero_()
             logits = step.logits(shape)
-            if shape.rows > shape.sequences:
+            if shape.rows > 1:
                 logits = logits.index_select(0, step.last_rows[: shape.sequences])
             step.tokens[: shape.sequences].copy_(room.draw(logits, sampling, masks))
             return ()

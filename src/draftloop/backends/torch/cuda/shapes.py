@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -92,7 +93,7 @@ def runs(kinds: Sequence[Hashable], counts: Sequence[int]) -> list[list[int]]:
 
 def first_rows(readings: Sequence[Reading]) -> list[int]:
     """Where each sequence's rows begin."""
-    return np.cumsum([0, *(one.count for one in readings[:-1])]).tolist()
+    return [0, *accumulate(one.count for one in readings[:-1])]
 
 
 def table(readings: Sequence[Reading], shape: Shape, queries: int) -> NDArray[np.int64]:
