@@ -171,7 +171,8 @@ def load_prepared(
         name = None if vocabulary is None else vocabulary.name
         recorder = Recorder(store, pair, config.adaptation.revert_after_requests, name)
     answering = Answering(directory) if store is not None else nullcontext
-    _rehearse(config, backend, models)
+    most_together = prepared.plan.answers_at_once(config.memory.answers_at_once)
+    _rehearse(config, backend, models, most_together)
     with answering():
         # A training in the background would be measured with it.
         schedule = _schedule(config, prepared, models, vocabulary)
@@ -185,7 +186,7 @@ def load_prepared(
         prefixes=PrefixCache(MEGABYTE * config.memory.prefix_cache_megabytes),
         schedule=schedule,
         suffixes=_suffixes(config, store if recorder else None),
-        most_together=prepared.plan.answers_at_once(config.memory.answers_at_once),
+        most_together=most_together,
         answering=answering,
     )
     if store is not None and adapter not in (ACTIVE, NONE):
@@ -193,7 +194,7 @@ def load_prepared(
     engine.follow_adapter()
     if engine.adapter is not None:
         # What was recorded belongs to the bare draft.
-        _rehearse(config, backend, models)
+        _rehearse(config, backend, models, most_together)
     if store is not None and recorder is not None and schedule is not None:
         schedule.recall(recent_rounds(store, pair, engine.adapter))
     return engine
@@ -216,14 +217,14 @@ def _load_pair(config: Config, prepared: Prepared, store: Store | None) -> Pair:
     return Pair(target, draft)
 
 
-def _rehearse(config: Config, backend: Backend, models: Pair) -> None:
+def _rehearse(config: Config, backend: Backend, models: Pair, most_together: int) -> None:
     """Let the first rounds, which take long where they are recorded, be over before anybody waits."""
     if backend.capabilities().records_rounds:
         started_s, rounds = time.perf_counter(), served_rounds(config)
         if models.draft is None:
             # Who asks the target alone asks no suffix match either.
             rounds = replace(rounds, num_suffix_tokens=0)
-        rehearse(models, rounds)
+        rehearse(models, rounds, most_together)
         logger.debug("every shape of round run once in %.1f s", time.perf_counter() - started_s)
 
 

@@ -28,6 +28,12 @@ class CountingCache:
         assert 0 <= n <= self.position
         self.position -= n
 
+    def copy(self, n):
+        return n
+
+    def paste(self, copied, n):
+        self.position = n
+
 
 @dataclass
 class SeenModel:
@@ -35,6 +41,7 @@ class SeenModel:
 
     room: int = 512
     shapes: list = field(default_factory=list)
+    together: list = field(default_factory=list)
     vocabulary: None = None
 
     def new_cache(self):
@@ -45,17 +52,26 @@ class SeenModel:
             job.cache.read(len(job.tokens))
 
     def propose(self, batch):
-        (job,) = batch
+        job, *_ = batch
         k = job.num_draft_tokens
-        job.cache.read(len(job.unread) + k - 1)
-        self.shapes.append((len(job.unread), k, job.rules.sampling))
+        for one in batch:
+            one.cache.read(len(job.unread) + k - 1)
+        self.note(batch, (len(job.unread), k, job.rules.sampling))
         q = None if job.rules.sampling.greedy else [[1.0]] * k
-        return [replace(NO_PROPOSAL, tokens=(0,) * k, q=q, num_tokens=k)]
+        return [replace(NO_PROPOSAL, tokens=(0,) * k, q=q, num_tokens=k)] * len(batch)
 
     def verify(self, batch):
-        (job,) = batch
-        job.cache.read(job.proposal.num_tokens + 1)
-        self.shapes.append((job.proposal.num_tokens, job.proposal.q is not None, job.trace))
+        job, *_ = batch
+        for one in batch:
+            one.cache.read(job.proposal.num_tokens + 1)
+        self.note(batch, (job.proposal.num_tokens, job.proposal.q is not None, job.trace))
+
+    def note(self, batch, shape):
+        assert len({id(job.cache) for job in batch}) == len(batch)
+        if len(batch) == 1:
+            self.shapes.append(shape)
+        else:
+            self.together.append((len(batch), *shape))
 
 
 def test_every_shape_of_round_is_run():
@@ -74,9 +90,16 @@ def test_a_target_alone_is_run_with_suffix_matches():
     assert set(target.shapes) == {(k, False, False) for k in (0, 1, 2)}
 
 
+def test_the_usual_rounds_are_run_together_too():
+    target, draft = SeenModel(), SeenModel()
+    rehearse(Pair(target, draft), ServedRounds(3, 5, SAMPLED, trace=True), most_together=6)
+    assert draft.together == [(count, unread, 3, SAMPLED) for count in (2, 4, 6) for unread in (1, 2)]
+    assert target.together == [(count, k, k > 0, True) for count in (2, 4, 6) for k in range(4)]
+
+
 @pytest.mark.parametrize("room", [4, 5, 6, 9])
 def test_the_smallest_caches_that_settings_allow_are_enough(room):
     target, draft = SeenModel(room), SeenModel(room)
-    rehearse(Pair(target, draft), ServedRounds(2, 15))
+    rehearse(Pair(target, draft), ServedRounds(2, 15), most_together=4)
     assert {k for k, *_ in target.shapes} >= {0, 1, 2}
     assert {k for _, k, _ in draft.shapes} == {1, 2}

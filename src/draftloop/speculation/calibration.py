@@ -12,15 +12,14 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from draftloop.errors import OutOfMemory
 from draftloop.speculation.costs import RoundCosts
-from draftloop.speculation.timing import filled_cache, proposal_step, verification_step
+from draftloop.speculation.timing import caches_beside, filled_cache, proposal_step, verification_step
 from draftloop.types import Rules, Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from draftloop.backends.base import Cache, Model, Proposal
+    from draftloop.backends.base import Model, Proposal
     from draftloop.speculation.stream import Pair
 
 BUDGET_S = 2.5
@@ -119,7 +118,7 @@ def measure_costs(
     )
     drafted = one.result if several.result is None else several.result
     drafted_together = _Step(lambda: None)
-    if together := _caches_beside(pair.draft, draft):
+    if together := caches_beside(pair.draft, draft, SEQUENCES):
         step = proposal_step(pair.draft, together, 1, rules)
         drafted_together = session.first(step, SEQUENCES * one.best_s)
     verified, verified_together = _verifications(session, pair.target, rounds, drafted)
@@ -235,23 +234,11 @@ def _verifications(
         )
         if step.measured:
             measured[width] = step
-        if len(measured) == 2 and not together.measured and (caches := _caches_beside(target, cache)):
+        due = len(measured) == 2 and not together.measured
+        if due and (caches := caches_beside(target, cache, SEQUENCES)):
             alone = verification_step(target, caches, 0, rules, drafted=drafted, trace=rounds.trace)
             together = session.first(alone, _grown(measured[1].best_s, 1, SEQUENCES))
     return measured, together
-
-
-def _caches_beside(model: Model, cache: Cache) -> list[Cache]:
-    """It and copies of it, SEQUENCES in all; none where there is no room for so many."""
-    try:
-        # Reading the same text again for each would take longer than all that is timed.
-        text = cache.copy(cache.position)
-        others = [model.new_cache() for _ in range(SEQUENCES - 1)]
-        for other in others:
-            other.paste(text, cache.position)
-    except OutOfMemory:
-        return []
-    return [cache, *others]
 
 
 def _widths_by_need(usual: int, widest: int) -> list[int]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from draftloop.backends.base import NO_PROPOSAL, PrefillJob, Proposal, ProposeJob, VerifyJob
+from draftloop.errors import OutOfMemory
 from draftloop.types import Rules, Sampling
 
 if TYPE_CHECKING:
@@ -51,6 +52,19 @@ def filled_cache(model: Model, room: int) -> Cache:
     context = max(1, min(CONTEXT_TOKENS, cache.max_tokens - room))
     model.prefill([PrefillJob(cache, [1] * context)])
     return cache
+
+
+def caches_beside(model: Model, cache: Cache, count: int) -> list[Cache]:
+    """It and copies of it, `count` in all; none where there is no room for so many."""
+    try:
+        # Reading the same text again for each would take longer than all that is timed.
+        text = cache.copy(cache.position)
+        others = [model.new_cache() for _ in range(count - 1)]
+        for other in others:
+            other.paste(text, cache.position)
+    except OutOfMemory:
+        return []
+    return [cache, *others]
 
 
 def proposal_step(
