@@ -26,7 +26,7 @@ def guarded(**settings: Any) -> TestClient:
     async def echo(path: str, request: Request) -> dict[str, object]:
         return {"path": path, "bytes": len(await request.body())}
 
-    add_guards(app, ServerSettings(**settings))
+    add_guards(app, ServerSettings(**settings), lambda _: None)
     return TestClient(app, base_url="http://localhost:8080")
 
 
@@ -138,7 +138,7 @@ def test_a_body_that_never_comes_is_given_up() -> None:
     async def echo(request: Request) -> int:
         return len(await request.body())
 
-    add_guards(app, ServerSettings(stall_timeout_s=0.01))
+    add_guards(app, ServerSettings(stall_timeout_s=0.01), lambda _: None)
     sent: list[Any] = []
 
     async def ask() -> None:

@@ -58,3 +58,24 @@ def test_what_is_told_is_what_happened(engine: SteppedEngine, job: Callable[...,
     assert 1 <= first <= 5
     assert after["draftloop_adapter name=none"] == 1
     assert after["draftloop_ready"] == 1
+
+
+def test_what_the_guards_refuse_is_told_by_status(engine: SteppedEngine) -> None:
+    settings = ["server.api_key=let-me-in", "server.max_body_megabytes=1"]
+    app = create_app(open_service(load_config([], settings).config, engine))
+    with TestClient(
+        app, base_url="http://localhost", headers={"Authorization": "Bearer let-me-in"}
+    ) as client:
+        told = samples(client)
+        assert {key: told[key] for key in told if "http_refused" in key} == {
+            f"draftloop_http_refused_total status={status}": 0 for status in (401, 403, 408, 413)
+        }
+        for _ in range(2):
+            client.get("/v1/models", headers={"Authorization": "Bearer wrong"})
+        client.get("/v1/models", headers={"Host": "elsewhere.example"})
+        client.post("/v1/completions", content=b" " * 1_000_001)
+        told = samples(client)
+    assert [told[f"draftloop_http_refused_total status={status}"] for status in (401, 403, 408, 413)] == [
+        2, 1, 0, 1,
+    ]  # fmt: skip
+    assert told["draftloop_requests_total outcome=refused"] == 0

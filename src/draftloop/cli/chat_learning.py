@@ -8,6 +8,7 @@ is started.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from draftloop.cli import options
 from draftloop.cli.console import say, write
 from draftloop.cli.figures import shown
+from draftloop.errors import DraftloopError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from draftloop.cli.asking import AnswerOptions
     from draftloop.learning.background import Ended, IdleLearner, Started
     from draftloop.storage.store import Store
+
+logger = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 """Seconds between two looks at whether it is time to learn."""
@@ -130,7 +134,15 @@ class ChatNews:
 
     def _look_again(self) -> None:
         while self._learner is not None and not self._over.wait(LOOK_S):
-            event = self._learner.look()
+            try:
+                event = self._learner.look()
+            except Exception as error:
+                # The chat goes on, and nobody would notice that the thread has ended.
+                logger.debug("a look at whether it is time to learn failed", exc_info=error)
+                foreseen = isinstance(error, DraftloopError)
+                words = str(error) if foreseen else f"unexpected {type(error).__name__}"
+                self.tell(f"no more news of learning in this chat: {words}")
+                return
             if event is not None:
                 self.tell(news_of(event))
 

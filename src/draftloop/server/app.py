@@ -48,7 +48,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(dashboard.router)
     app.include_router(metrics_router(service))
     openai.install(app)
-    add_guards(app, service.config.server)
+    add_guards(app, service.config.server, service.worker.figures.refused)
     return app
 
 

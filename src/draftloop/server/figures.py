@@ -46,6 +46,7 @@ class Counts:
 
     Attributes:
         requests: by outcome; each outcome is there.
+        refused: requests that came no further than the guards, by status.
         prompt_tokens, cached_tokens: of completed answers; cached ones were not read again.
         total: all rounds, of cancelled answers too.
         recent: the newest `RECENT_ROUNDS`.
@@ -58,6 +59,7 @@ class Counts:
     """
 
     requests: Mapping[Outcome, int]
+    refused: Mapping[int, int]
     prompt_tokens: int
     cached_tokens: int
     total: Tally
@@ -121,6 +123,7 @@ class Figures:
         )
         self._lock = threading.Lock()
         self._requests: Counter[Outcome] = Counter()
+        self._refused: Counter[int] = Counter()
         self._total = Tally()
         self._drafted: Counter[int] = Counter()
         self._recent: deque[Round] = deque(maxlen=RECENT_ROUNDS)
@@ -171,6 +174,11 @@ class Figures:
         with self._lock:
             self._requests[outcome] += 1
 
+    def refused(self, status: int) -> None:
+        """A guard refused one before anybody knew what it asks."""
+        with self._lock:
+            self._refused[status] += 1
+
     def counts(self) -> Counts:
         """All of it, now."""
         with self._lock:
@@ -181,6 +189,7 @@ class Figures:
             answer_s = self._prompt_s + self._decode_s
             return Counts(
                 requests={outcome: self._requests[outcome] for outcome in Outcome},
+                refused=dict(self._refused),
                 prompt_tokens=self._prompt_tokens,
                 cached_tokens=self._cached_tokens,
                 total=replace(self._total),

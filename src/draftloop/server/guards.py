@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from draftloop.server.openai.errors import error_response
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from fastapi import FastAPI
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,10 +30,18 @@ KEYLESS_FOLDER = "/dashboard/"
 """The dashboard's page and its files hold nothing; what the page shows it asks for with the key."""
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 MEGABYTE = 1_000_000
+REFUSALS = (401, 403, 408, 413)
+"""The statuses of what is refused here, which no route gives."""
 
 
-def add_guards(app: FastAPI, server: ServerSettings) -> None:
-    """Put every guard before the application's routes, the last one outermost."""
+def add_guards(app: FastAPI, server: ServerSettings, refused: Callable[[int], None]) -> None:
+    """Put every guard before the application's routes, the last one outermost.
+
+    Args:
+        app: whose.
+        server: the settings.
+        refused: told the status of each request that a guard refuses.
+    """
     app.add_middleware(
         BodyGuard,
         max_bytes=server.max_body_megabytes * MEGABYTE,
@@ -52,6 +60,7 @@ def add_guards(app: FastAPI, server: ServerSettings) -> None:
     app.add_middleware(OriginGuard, origins=server.cors_origins)
     if is_loopback(server.host):
         app.add_middleware(HostGuard)
+    app.add_middleware(RefusalCounter, refused=refused)
 
 
 def is_loopback(host: str) -> bool:
@@ -62,6 +71,24 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+class RefusalCounter:
+    """Stands before the guards and tells of what they refuse."""
+
+    def __init__(self, app: ASGIApp, refused: Callable[[int], None]) -> None:
+        self._app = app
+        self._refused = refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the class."""
+
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] in REFUSALS:
+                self._refused(message["status"])
+            await send(message)
+
+        await self._app(scope, receive, told)
 
 
 class HostGuard:

@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.responses import Response
 
 from draftloop.errors import StorageError
+from draftloop.server.guards import REFUSALS
 from draftloop.server.learning import Phase
 
 if TYPE_CHECKING:
@@ -74,6 +75,14 @@ def _requests(snapshot: Snapshot) -> Iterator[Metric]:
     for outcome, count in snapshot.counts.requests.items():
         requests.add_metric([outcome.value], count)
     yield requests
+    refused = CounterMetricFamily(
+        f"{NAMESPACE}http_refused",
+        "Requests that the guards refused: no key, another host or origin, a body too large or slow.",
+        labels=["status"],
+    )
+    for status in REFUSALS:
+        refused.add_metric([str(status)], snapshot.counts.refused.get(status, 0))
+    yield refused
     yield _gauge("requests_active", "Requests being answered.", snapshot.active)
     yield _gauge("requests_queued", "Requests that wait.", snapshot.queued)
     yield _gauge("ready", "Whether requests are taken.", snapshot.ready)

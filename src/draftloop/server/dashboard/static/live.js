@@ -13,7 +13,7 @@ export function showState(state) {
   byId("tiles").replaceChildren(
     tile("Tokens a second", number(state.tokens_per_s, 1), state.mean_tokens_per_s === null ? "" : `all answers ${number(state.mean_tokens_per_s, 1)}`),
     tile("Alpha", number(state.alpha, 3), state.recent_rounds ? `last ${counted(state.recent_rounds, "round")}` : ""),
-    tile("Tau", number(state.tau, 2), "tokens a round"),
+    tile("Tau", number(state.tau, 2), "tokens a round, suffix matches included"),
     tile("K chosen", mostOften(state.drafted_per_round), "drafted a round", bars(state.drafted_per_round)),
     tile("Queue", number(queued), active ? `${number(active)} being answered` : "nobody is answered"),
     tile("Requests", number(state.requests), `${counted(state.tokens, "token")} since the start`),
