@@ -16,6 +16,7 @@ from draftloop.errors import OutOfMemory
 from draftloop.learning.recorder import Provenance
 from draftloop.models.tokenizer import Tokenizer
 from draftloop.speculation.costs import RoundCosts
+from draftloop.speculation.prefixes import PrefixCache
 from draftloop.speculation.schedule import Schedule
 from draftloop.speculation.stream import Pair
 from draftloop.types import Sampling
@@ -218,6 +219,29 @@ def test_alone_it_fails_and_its_conversation_is_whole(new_engine, which, work):
         engine.complete(asked, None if work == "new_cache" else conversation)
     model.lacks = lambda *_: False
     assert engine.complete(asked, conversation).token_ids == engine.complete(asked).token_ids
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(
+    ("which", "work"),
+    [("target", "new_cache"), ("draft", "prefill"), ("draft", "propose"), ("target", "verify")],
+)
+def test_what_is_kept_of_past_texts_goes_before_anybody_waits_or_fails(new_engine, which, work, beside):
+    engine, asked = new_engine(prefixes=PrefixCache(1_000_000)), request(1, length=40)
+    wanted = new_engine().complete(asked).token_ids
+    engine.complete(request(2))
+    assert engine.prefix_cache_bytes
+    model = getattr(engine.pair, which)
+    with engine.batch() as batch:
+        if beside:
+            batch.join(request(3, max_tokens=60))
+            [*batch.step()]
+        model.lacks = lambda name, _: name == work and engine.prefix_cache_bytes > 0
+        member = batch.join(asked)
+        told = []
+        while not member.over:
+            told += [event for who, event in batch.step() if who is member]
+    assert told[-1].token_ids == wanted
 
 
 class Listener:

@@ -114,6 +114,10 @@ class Member:
         self.answer.prompt_s += time.perf_counter() - started_s
         return self._progress(self._reading)
 
+    def make_room(self, error: Exception) -> bool:
+        """Whether what failed may go well now: memory ran out, and some was kept that nobody needs."""
+        return isinstance(error, OutOfMemory) and self._books.make_room(error)
+
     def take(self, outcome: Round, seconds: float) -> list[TextPiece | RoundDone]:
         """A round is over; so long is this answer's part of it."""
         started_s = time.perf_counter()
@@ -330,7 +334,7 @@ class Batch:
 
     def _told(self, reader: Member, work: Callable[[], PromptProgress]) -> PromptProgress | Failed | PutOff:
         try:
-            return work()
+            return _with_room(reader, work)
         except Exception as error:
             failed = _failed(reader, error)
         self._forget()
@@ -355,12 +359,26 @@ class Batch:
         self._members = staying
 
 
+def _with_room(member: Member, work: Callable[[], PromptProgress]) -> PromptProgress:
+    """What `work` gives, which is tried again where that may help."""
+    try:
+        return work()
+    except OutOfMemory as error:
+        if not member.make_room(error):
+            raise
+    return work()
+
+
 def _taken(member: Member, outcome: Round, seconds: float) -> list[TextPiece | RoundDone | Failed]:
     """What a round brought one answer; what fails here is its own."""
     try:
         failure = member.stream.failure
         if failure is None:
             return [*member.take(outcome, seconds)]
+        if member.make_room(failure):
+            # Nothing was said: the next round is this one again.
+            member.stream.shortage = None
+            return []
         member.break_off(whole=True)
     except Exception as error:
         return [_failed(member, error)]

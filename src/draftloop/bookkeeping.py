@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from draftloop.answers import Answer, Request
     from draftloop.backends.base import Backend
+    from draftloop.errors import OutOfMemory
     from draftloop.learning.recorder import Recorder
     from draftloop.speculation.prefixes import PrefixCache
     from draftloop.speculation.stream import Conversation
@@ -55,6 +56,13 @@ class Bookkeeping:
         """Keep what its caches hold, which must be whole, for texts that begin alike."""
         if self.prefixes is not None:
             self.prefixes.keep(conversation)
+
+    def make_room(self, error: OutOfMemory) -> bool:
+        """Give up what is kept of past texts; whether that may help where memory ran out."""
+        given_up = self.prefixes is not None and self.prefixes.give_up(error)
+        if given_up:
+            self._backend.clear_cache()
+        return given_up
 
     def record(self, answer: Answer, finish_reason: str) -> None:
         """Store the answer, once, where the request wants it and there is something to store."""

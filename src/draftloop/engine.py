@@ -27,7 +27,7 @@ from draftloop.answers import (
 from draftloop.backends.lora import AdapterForm
 from draftloop.batch import Batch, Member
 from draftloop.bookkeeping import Bookkeeping
-from draftloop.errors import DraftloopError, InputError
+from draftloop.errors import DraftloopError, InputError, OutOfMemory
 from draftloop.models.text import TextStream
 from draftloop.speculation.experience import Experience
 from draftloop.speculation.stream import Conversation, DecodeSettings, Pair
@@ -101,7 +101,12 @@ class Engine:
         return 0 if prefixes is None else prefixes.num_bytes
 
     def open_conversation(self) -> Conversation:
-        """Empty caches for a conversation of several turns."""
+        """Empty caches for a conversation of several turns. OutOfMemory where there is no room for them."""
+        try:
+            return Conversation(self.pair)
+        except OutOfMemory as error:
+            if not self._books.make_room(error):
+                raise
         return Conversation(self.pair)
 
     def follow_adapter(self) -> None:

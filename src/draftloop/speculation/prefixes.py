@@ -81,7 +81,7 @@ class PrefixCache:
         except OutOfMemory as error:
             # A cache may have been overwritten by half: the prompt is read from its beginning.
             conversation.settle(0)
-            self._give_up(error)
+            self.give_up(error)
             return
         conversation.tokens = list(prompt)
 
@@ -106,7 +106,7 @@ class PrefixCache:
             target_copy = target.copy(target_tokens)
             draft_copy = draft.copy(draft_tokens) if draft and draft_tokens else None
         except OutOfMemory as error:
-            self._give_up(error)
+            self.give_up(error)
             return
         self._kept.append(
             _Kept(
@@ -120,10 +120,13 @@ class PrefixCache:
             )
         )
 
-    def _give_up(self, error: OutOfMemory) -> None:
-        """Answers need the memory more."""
+    def give_up(self, error: OutOfMemory) -> bool:
+        """Answers need the memory more; whether anything was kept."""
+        if not self._kept:
+            return False
         logger.warning("%s; what was kept of %d past texts is dropped", error.what, len(self._kept))
         self._kept.clear()
+        return True
 
     def _covered(self, tokens: NDArray[np.int32], draft_tokens: int, adapter: str | None) -> bool:
         """Whether a kept text says as much already; it is then the most recently used one."""
