@@ -86,20 +86,27 @@ def compare_tracing(pairs: dict[str, Pair], rounds: int, k: int, room: int) -> N
         )
 
 
-def compare_batching(pair: Pair, name: str, counts: Sequence[int], rounds: int, k: int, room: int) -> None:
-    """Several sequences, in shared rounds and each in its own."""
+def compare_batching(pairs: dict[str, Pair], counts: Sequence[int], rounds: int, k: int, room: int) -> None:
+    """Several sequences in shared rounds, compiled and anew, and each in its own, compiled."""
     for label, sampling in SAMPLINGS:
         for count in counts:
-            together, alone = (
-                [begin(pair, sampling, k, room, seed) for seed in range(count)] for _ in range(2)
-            )
+
+            def batch(pair: Pair, sampling: Sampling = sampling, count: int = count) -> list[Stream]:
+                return [begin(pair, sampling, k, room, seed) for seed in range(count)]
+
             took = in_turns(
-                {"together": (pair, [together]), "in turn": (pair, [[one] for one in alone])}, rounds
+                {
+                    "together": (pairs["compiled"], [batch(pairs["compiled"])]),
+                    "anew": (pairs["anew"], [batch(pairs["anew"])]),
+                    "in turn": (pairs["compiled"], [[one] for one in batch(pairs["compiled"])]),
+                },
+                rounds,
             )
-            shared, own = took["together"], took["in turn"]
+            shared, anew, own = took["together"], took["anew"], took["in turn"]
             print(
-                f"{label}, {name}, {count} sequences: {tokens_per_s(shared):.0f} tok/s together, "
-                f"{tokens_per_s(own):.0f} in turn; ratio {ratio(own, shared):.2f}",
+                f"{label}, {count} sequences: {tokens_per_s(shared):.0f} tok/s together, "
+                f"{tokens_per_s(own):.0f} in turn; ratio {ratio(own, shared):.2f}; "
+                f"together {ratio(anew, shared):.2f} of graphs built anew",
                 flush=True,
             )
 
@@ -109,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--hidden-size", type=int, default=64)
+    parser.add_argument("--quantized", action="store_true", help="4 bits")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--num-draft-tokens", type=int, default=4)
     parser.add_argument("--sequences", default="", help="such as 1,2,4,8,16: together against in turn")
@@ -122,6 +130,7 @@ def main() -> None:
             num_layers=given.layers,
             hidden_size=given.hidden_size,
             intermediate_size=2 * given.hidden_size,
+            quantized=given.quantized,
             noise=0.05,
         )
         pairs = {}
@@ -135,8 +144,7 @@ def main() -> None:
         compare_tracing(pairs, given.rounds, k, room)
         return
     counts = [int(count) for count in given.sequences.split(",")]
-    for name, pair in pairs.items():
-        compare_batching(pair, name, counts, given.rounds, k, room)
+    compare_batching(pairs, counts, given.rounds, k, room)
 
 
 if __name__ == "__main__":
