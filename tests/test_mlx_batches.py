@@ -15,6 +15,7 @@ pytest.importorskip("mlx_lm")
 import mlx.core as mx
 
 from draftloop.backends.base import NO_PROPOSAL, PrefillJob, Proposal, ProposeJob, VerifyJob
+from draftloop.backends.mlx import steps as steps_module
 from draftloop.backends.mlx.backend import SWITCH, MlxBackend
 from draftloop.errors import OutOfMemory
 from draftloop.types import Rules, Sampling
@@ -250,3 +251,15 @@ def test_a_cache_that_left_soon_holds_nothing_of_the_others(model):
     kept = texts[0].cache.bytes_per_token * 512
     assert mx.get_active_memory() < before - 4 * kept
     assert_holds(model, texts[0])
+
+
+def test_traces_that_were_forgotten_are_made_again(folder, monkeypatch):
+    monkeypatch.setenv(SWITCH, "1")
+    monkeypatch.setattr(steps_module, "MOST_TRACES", 2)
+    model = MlxBackend("cpu").load(folder, max_kv_cache_tokens=ROOM)
+    text, made, compile_one = read(model, some_tokens(0, 5)), [], mx.compile
+    monkeypatch.setattr(mx, "compile", lambda function: made.append(1) or compile_one(function))
+    for width, traces in ((0, 1), (1, 2), (0, 2), (2, 3), (0, 3), (1, 4)):
+        verify(model, [text], [some_tokens(width, width)])
+        assert len(made) == traces
+    assert_holds(model, text)

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 MOST_TRACED_TOKENS = 96
 """A wider step is a backlog or a prompt, whose width does not come again."""
-MOST_TRACES = 256
-"""Beyond so many all of them are forgotten."""
+MOST_TRACES = 64
+"""Beyond so many the one that was not used for longest is forgotten: a trace of 24 layers takes 2.4 MB."""
 MOST_IDLE_STEPS = 32
 """Whom a step leaves out may be asked for soon again (drafts are not made for everybody in every round, and
 where memory is short a round is taken in parts): for so many steps his row is computed along."""
@@ -176,11 +176,12 @@ class Steps:
         """The function, compiled where that is worth it."""
         if not self._compiled or width > MOST_TRACED_TOKENS:
             return function
-        if key not in self._traced:
-            if len(self._traced) >= MOST_TRACES:
-                self._traced.clear()
-            self._traced[key] = mx.compile(function)
-        return self._traced[key]
+        # The dictionary is in the order of use.
+        traced = self._traced.pop(key, None) or mx.compile(function)
+        self._traced[key] = traced
+        if len(self._traced) > MOST_TRACES:
+            del self._traced[next(iter(self._traced))]
+        return traced
 
     def _traceable(self, cache: MlxCache, width: int) -> bool:
         return self._compiled and cache.written and width <= MOST_TRACED_TOKENS
