@@ -34,13 +34,16 @@ class EagerStep:
         self.first_rows[: len(counts)] = counts.cumsum(0) - counts
         self.going_on = [one.steps_after for one in readings]
 
-    def read(self, caches, tokens):
+    def pass_over(self, caches, tokens):
         return self.decoder.head(self.decoder.forward_batch(caches, tokens))
+
+    def read(self, shape):
+        self.logits(shape)
 
     def logits(self, shape):
         assert shape == self.shape
         counts = [one.count for one in self.readings]
-        found = self.read(
+        found = self.pass_over(
             [one.cache for one in self.readings], self.tokens[: sum(counts)].clone().split(counts)
         )
         return torch.nn.functional.pad(found, (0, 0, 0, shape.rows - len(found)))
@@ -48,7 +51,7 @@ class EagerStep:
     def next_logits(self, shape):
         who = [i for i, steps in enumerate(self.going_on) if steps > 0]
         self.going_on = [steps - 1 for steps in self.going_on]
-        found = self.read(
+        found = self.pass_over(
             [self.readings[i].cache for i in who], [self.tokens[i : i + 1].clone() for i in who]
         )
         return torch.zeros(shape.sequences, found.shape[1]).index_copy(0, torch.tensor(who), found)
@@ -196,6 +199,7 @@ def test_sequences_that_are_verified_together_get_the_verdicts_that_they_get_alo
         for job in verify_jobs([filled(plain) for _ in range(5)], proposals, sampling, trace)
     ]
     jobs = verify_jobs([filled(recorded) for _ in range(5)], proposals, sampling, trace)
+    recorded._steps.sizes.clear()
     together = recorded.verify(jobs)
     assert recorded._steps.sizes == [Shape(16, 8)]
     for one, other in zip(together, alone, strict=True):
@@ -241,7 +245,20 @@ def test_more_sequences_than_a_step_holds_take_several(models):
             for i in range(MAX_SEQUENCES + 3)
         ]
 
-    assert [one.tokens for one in model.verify(jobs(model))] == [
-        one.tokens for one in plain.verify(jobs(plain))
-    ]
+    wanted, asked = [one.tokens for one in plain.verify(jobs(plain))], jobs(model)
+    model._steps.sizes.clear()
+    assert [one.tokens for one in model.verify(asked)] == wanted
     assert model._steps.sizes == [Shape(MAX_ROWS, MAX_SEQUENCES), Shape(16, 4)]
+
+
+def test_texts_are_read_by_pieces_of_few_sizes(models):
+    _, model = models
+    for tokens in (UNREAD, UNREAD[:130], UNREAD[:7]):
+        caches = [which.new_cache() for which in models]
+        model._steps.sizes.clear()
+        for which, cache in zip(models, caches, strict=True):
+            which.prefill([PrefillJob(cache, tokens)])
+        assert caches[1].position == len(tokens)
+        copies = [cache.copy(len(tokens)) for cache in caches]
+        torch.testing.assert_close(*copies, atol=1e-4, rtol=1e-4)
+        assert {shape.rows for shape in model._steps.sizes} <= {2**i for i in range(8)}

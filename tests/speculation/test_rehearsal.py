@@ -42,6 +42,7 @@ class SeenModel:
     room: int = 512
     shapes: list = field(default_factory=list)
     together: list = field(default_factory=list)
+    read: set = field(default_factory=set)
     vocabulary: None = None
 
     def new_cache(self):
@@ -50,6 +51,7 @@ class SeenModel:
     def prefill(self, batch):
         for job in batch:
             job.cache.read(len(job.tokens))
+            self.read.add(len(job.tokens))
 
     def propose(self, batch):
         job, *_ = batch
@@ -88,6 +90,13 @@ def test_a_target_alone_is_run_with_suffix_matches():
     target = SeenModel()
     rehearse(Pair(target, None), ServedRounds(3, 2))
     assert set(target.shapes) == {(k, False, False) for k in (0, 1, 2)}
+
+
+def test_pieces_of_prompts_are_read():
+    target, draft = SeenModel(), SeenModel()
+    rehearse(Pair(target, draft), ServedRounds(3))
+    for model in (target, draft):
+        assert model.read >= {2**i for i in range(9)}
 
 
 def test_the_usual_rounds_are_run_together_too():

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from draftloop.backends.base import NO_PROPOSAL
+from draftloop.backends.base import NO_PROPOSAL, PrefillJob
 from draftloop.speculation.drafters import READ_EACH_ROUND_TOKENS
+from draftloop.speculation.stream import PREFILL_CHUNK_TOKENS
 from draftloop.speculation.timing import caches_beside, filled_cache, proposal_step, verification_step
 from draftloop.types import Rules
 
@@ -30,6 +31,8 @@ def rehearse(pair: Pair, rounds: ServedRounds, most_together: int = 1) -> None:
         most_together: sequences that may share a round. Of 2, 4, 8 and so on together the usual rounds are
             run; backends round what lies between up to these.
     """
+    for model in (pair.target, *(() if pair.draft is None else (pair.draft,))):
+        _rehearse_reading(model)
     drafted = NO_PROPOSAL if pair.draft is None else _rehearse_drafts(pair.draft, rounds, most_together)
     cache = filled_cache(pair.target, rounds.widest)
     room, rules = cache.max_tokens - cache.position - 1, Rules(rounds.sampling)
@@ -39,6 +42,15 @@ def rehearse(pair: Pair, rounds: ServedRounds, most_together: int = 1) -> None:
     for caches in _companies(pair.target, cache, most_together):
         for k in range(min(drafted.num_tokens, room) + 1):
             verification_step(pair.target, caches, k, rules, drafted=drafted, trace=rounds.trace)()
+
+
+def _rehearse_reading(model: Model) -> None:
+    """Read pieces of a prompt of 1, 2, 4 and so many tokens; backends round what lies between up to these."""
+    cache, count = model.new_cache(), 1
+    while count <= min(PREFILL_CHUNK_TOKENS, cache.max_tokens):
+        model.prefill([PrefillJob(cache, [1] * count)])
+        cache.trim(count)
+        count *= 2
 
 
 def _rehearse_drafts(draft: Model, rounds: ServedRounds, most_together: int) -> Proposal:

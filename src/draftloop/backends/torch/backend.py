@@ -19,7 +19,7 @@ from draftloop.backends.torch.acceptance import verdict_of
 from draftloop.backends.torch.adapter import adapter_forms, deployed_layers
 from draftloop.backends.torch.cuda.graphs import graphed_steps, records_steps
 from draftloop.backends.torch.cuda.rounds import RecordedDrafts, alike, verified
-from draftloop.backends.torch.cuda.shapes import TILE_ROWS, Reading, runs
+from draftloop.backends.torch.cuda.shapes import MAX_ROWS, TILE_ROWS, Reading, runs
 from draftloop.backends.torch.decoder import Decoder, TorchCache
 from draftloop.backends.torch.drafting import Draft, Piece, own_cache
 from draftloop.backends.torch.head import CutHead
@@ -51,8 +51,6 @@ _REPLAY_CHUNK_TOKENS = 512
 """Tokens that are read at once: the mask of their attention grows with the square."""
 _REPLAY_CHUNK_ROWS = 64
 """Rows whose float32 logits are in memory at once: 39 MB at a vocabulary of 152,000."""
-_MOST_PIECEWISE_TOKENS = 256
-"""A plain pass, whose hundreds of launches take 20 ms on an H100, is then as quick as pieces of 16."""
 _SERVING_REMEDY = "Lower models.target.max_kv_cache_tokens, or choose smaller models."
 
 
@@ -111,7 +109,11 @@ class TorchModel:
         """See `Model`."""
         with memory_errors("reading a prompt", _SERVING_REMEDY):
             caches = [own_cache(job.cache) for job in batch]
-            self.decoder.forward_batch(caches, [self._ids(job.tokens) for job in batch])
+            if self._steps is None:
+                self.decoder.forward_batch(caches, [self._ids(job.tokens) for job in batch])
+                return
+            for cache, job in zip(caches, batch, strict=True):
+                self._read_recorded(self._steps, cache, self._ids(job.tokens))
 
     @torch.inference_mode()
     def propose(self, batch: Sequence[ProposeJob]) -> list[Proposal]:
@@ -119,7 +121,7 @@ class TorchModel:
         with memory_errors("drafting", _SERVING_REMEDY):
             if self._drafts is None:
                 return self._propose_by_steps(batch)
-            return self._propose_recorded(self._drafts, batch)
+            return self._propose_recorded(self._drafts, [self._caught_up(job) for job in batch])
 
     @torch.inference_mode()
     def verify(self, batch: Sequence[VerifyJob]) -> list[Verdict]:
@@ -181,7 +183,6 @@ class TorchModel:
         return host
 
     def _propose_recorded(self, drafts: RecordedDrafts, batch: Sequence[ProposeJob]) -> list[Proposal]:
-        batch = [self._caught_up(job) for job in batch]
         proposals: dict[int, Proposal] = {}
         for which in runs([alike(job.rules) for job in batch], [len(job.unread) for job in batch]):
             jobs = [batch[index] for index in which]
@@ -191,14 +192,17 @@ class TorchModel:
 
     def _caught_up(self, job: ProposeJob) -> ProposeJob:
         """What is left of the job for recorded steps, once the draft has read most of what it lags behind."""
-        cache, ids, read = own_cache(job.cache), self._ids(job.unread), 0
-        if len(ids) > _MOST_PIECEWISE_TOKENS:
-            read = len(ids) - 1
-            self.decoder.forward_batch([cache], [ids[:read]])
-        while len(ids) - read > TILE_ROWS:
-            self._logits([Piece(cache, ids[read : read + TILE_ROWS])], last=True)
-            read += TILE_ROWS
+        read = len(job.unread) - 1
+        if self._steps is None or read < TILE_ROWS:
+            return job
+        self._read_recorded(self._steps, own_cache(job.cache), self._ids(job.unread[:read]))
         return replace(job, unread=job.unread[read:])
+
+    def _read_recorded(self, steps: GraphedSteps, cache: TorchCache, ids: torch.Tensor) -> None:
+        """Read a text by pieces: a plain pass would be hundreds of launches, which take 20 ms on an H100."""
+        for piece in ids.split(MAX_ROWS):
+            if not steps.read(cache, piece):
+                self.decoder.forward(cache, piece)
 
     def _propose_by_steps(self, batch: Sequence[ProposeJob]) -> list[Proposal]:
         """Step j drafts for the sequences that want more than j tokens and may have them."""

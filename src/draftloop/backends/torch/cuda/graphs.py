@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from draftloop.backends.torch.cuda.shapes import Reading, Shape, shape_of
+from draftloop.backends.torch.cuda.shapes import Reading, Shape, reading_shape, shape_of
 from draftloop.backends.torch.native.library import SWITCH
 
 if TYPE_CHECKING:
     from draftloop.backends.torch.cuda.step import Step
-    from draftloop.backends.torch.decoder import Decoder
+    from draftloop.backends.torch.decoder import Decoder, TorchCache
     from draftloop.backends.torch.weights import Weights
 
 _WARM_UPS = 1
@@ -106,6 +106,19 @@ class GraphedSteps:
         part = Part(("logits", shape), lambda step, _: (step.logits(shape),))
         found = self.run((part,), readings, tokens, shape, inputs=())
         return None if found is None else found[0][: len(tokens)]
+
+    def read(self, cache: TorchCache, tokens: torch.Tensor) -> bool:
+        """Read `tokens` [T], at most `MAX_ROWS`; False where that is not recorded: nothing was read then."""
+        readings = [Reading(cache, len(tokens))]
+        if self.shape_for(readings) is None:
+            return False
+        shape = reading_shape(len(tokens))
+
+        def body(step: Step, _: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            step.read(shape)
+            return ()
+
+        return self.run((Part(("read", shape), body),), readings, tokens, shape, inputs=()) is not None
 
     def run(
         self,

@@ -52,6 +52,9 @@ class Shape:
         return Shape(self.sequences, self.sequences)
 
 
+READ_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Sizes of a step that only reads: a text is cut to any length."""
+
 LARGEST = Shape(MAX_ROWS, MAX_SEQUENCES)
 
 
@@ -78,6 +81,11 @@ def shape_of(counts: Sequence[int]) -> Shape | None:
         # The usual case takes no more than it needs: sampling costs by the row.
         return Shape(rows, 1)
     return Shape(_rounded_up(rows, _ROWS), _rounded_up(sequences, _SEQUENCES))
+
+
+def reading_shape(count: int) -> Shape:
+    """The size to record for one sequence that reads so many tokens, at most `MAX_ROWS`, and nothing else."""
+    return Shape(_rounded_up(count, READ_ROWS), 1)
 
 
 def runs(kinds: Sequence[Hashable], counts: Sequence[int]) -> list[list[int]]:

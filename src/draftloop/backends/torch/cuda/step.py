@@ -104,6 +104,10 @@ class Step:
         """Everybody stands where they last were placed, for runs whose results nobody needs."""
         self._places.copy_(self._placed, non_blocking=True)
 
+    def read(self, shape: Shape) -> None:
+        """Launch the step of the tokens that were placed, for what it leaves in the caches."""
+        self._states(shape, self._device.reading)
+
     def logits(self, shape: Shape) -> torch.Tensor:
         """Launch the step of the tokens that were placed: [T, V] float32."""
         return self._logits(shape, self._device.reading)
@@ -120,6 +124,11 @@ class Step:
         return logits
 
     def _logits(self, shape: Shape, where: torch.Tensor) -> torch.Tensor:
+        logits = self._product(self._decoder.weights.head, self._states(shape, where))
+        return (logits[0] if len(logits) == 1 else logits.sum(dim=0)).float()
+
+    def _states(self, shape: Shape, where: torch.Tensor) -> Rows:
+        """What the head reads, [T, D]."""
         decoder = self._decoder
         last = decoder.architecture.vocab_size - 1
         x = decoder.weights.embedding(self.tokens[: shape.rows].clamp(max=last))
@@ -131,8 +140,7 @@ class Step:
             attended = self._attention(layer, index, qkv, bias, where[: shape.tiles(self._queries) * FIELDS])
             inputs = self._added(layer.output, Rows(attended), x, layer.post_norm)
             inputs = self._added(layer.down, Rows(self._gated(layer.gate_up, inputs)), x, gain)
-        logits = self._product(decoder.weights.head, inputs)
-        return (logits[0] if len(logits) == 1 else logits.sum(dim=0)).float()
+        return inputs
 
     def _product(self, linear: Linear, inputs: Rows) -> torch.Tensor:
         """`linear` of [T, in] in parts whose sum it is, [splits, T, out]."""
