@@ -121,11 +121,12 @@ def test_none_restores_the_very_bits(load_toy, backend, options):
 
 
 @pytest.mark.parametrize("options", FOLDERS, ids=name_of)
-def test_a_fresh_adapter_changes_nothing(load_toy, backend, options):
+def test_a_fresh_adapter_changes_nothing(load_toy, backend, rounding, options):
+    """But for rounding: where steps are recorded, an adapted layer is multiplied by another kernel."""
     model = load_toy(backend, **options)
     before = logits(model)
     model.set_adapter(new_lora(model.architecture, SPEC, seed=1), UNFUSED)
-    assert np.abs(logits(model) - before).max() <= 1e-5
+    assert np.abs(logits(model) - before).max() <= rounding(1e-4, 0.5, **options)
 
 
 def test_one_adapter_takes_the_others_place(load_toy, backend):

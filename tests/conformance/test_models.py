@@ -58,8 +58,8 @@ def test_quantized_logits_equal_the_references(backend, reference, load_toy, mod
     options = {"model_type": model_type, "tied": tied, "quantized": True}
     model, expected = load_toy(backend, **options), load_toy(reference, **options)
     found = model.logits(model.new_cache(), TOKENS)
-    # PyTorch's int4 kernel on CUDA knows bfloat16 alone, whatever the folder holds.
-    tolerance = 0.5 if in_bfloat16(backend) else 1e-2
+    # On CUDA 4-bit weights are multiplied as bfloat16, whatever the folder holds.
+    tolerance = 0.6 if in_bfloat16(backend) else 1e-2
     assert_close(found, expected.logits(expected.new_cache(), TOKENS), tolerance)
 
 

@@ -114,6 +114,8 @@ class TorchModel:
                 return
             for cache, job in zip(caches, batch, strict=True):
                 self._read_recorded(self._steps, cache, self._ids(job.tokens))
+            # Whoever times a piece of a prompt, so as to hold nobody up, has to see what it takes.
+            self._steps.wait()
 
     @torch.inference_mode()
     def propose(self, batch: Sequence[ProposeJob]) -> list[Proposal]:

@@ -104,7 +104,7 @@ class GraphedSteps:
         if shape is None:
             return None
         part = Part(("logits", shape), lambda step, _: (step.logits(shape),))
-        found = self.run((part,), readings, tokens, shape, inputs=())
+        found = self.run((part,), readings, tokens, inputs=())
         return None if found is None else found[0][: len(tokens)]
 
     def read(self, cache: TorchCache, tokens: torch.Tensor) -> bool:
@@ -118,14 +118,17 @@ class GraphedSteps:
             step.read(shape)
             return ()
 
-        return self.run((Part(("read", shape), body),), readings, tokens, shape, inputs=()) is not None
+        return self.run((Part(("read", shape), body),), readings, tokens, inputs=()) is not None
+
+    def wait(self) -> None:
+        """Until the device has done what was run."""
+        torch.cuda.current_stream().synchronize()
 
     def run(
         self,
         parts: Sequence[Part],
         readings: Sequence[Reading],
         tokens: torch.Tensor,
-        shape: Shape,
         *,
         inputs: tuple[torch.Tensor, ...],
     ) -> tuple[torch.Tensor, ...] | None:
@@ -134,9 +137,8 @@ class GraphedSteps:
         Args:
             parts: their bodies may read what was placed, and their inputs, and must not wait for the device.
                 One that stands there twice is recorded once.
-            readings: what all parts append to the caches of this decoder.
+            readings: what all parts append to the caches of this decoder; `shape_for` has to take them.
             tokens: [T], placed before the first part.
-            shape: what `shape_for` says of the readings.
             inputs: of each part; as in every run with its key, but for their values.
 
         Returns:
@@ -146,10 +148,10 @@ class GraphedSteps:
         if self._weights is not self._decoder.weights:
             self._graphs.clear()
             self._weights = self._decoder.weights
-        self._step.place(readings, tokens, shape)
+        self._step.place(readings, tokens)
         series = [self._ready(part, inputs) for part in parts]
         if self._moved:
-            self._step.place(readings, tokens, shape)
+            self._step.place(readings, tokens)
             self._moved = False
         known = [recorded for recorded in series if recorded is not None]
         if len(known) < len(series):

@@ -111,7 +111,7 @@ class RecordedDrafts:
         ]
         unread = [token for job in batch for token in job.unread]
         ids = _sent(unread, self._device)
-        if self._steps.run(parts, readings, ids, shape, inputs=masks) is None:
+        if self._steps.run(parts, readings, ids, inputs=masks) is None:
             return None
         # The next draft writes over these. Each sequence's stand together, for what reads them.
         tokens = room.tokens[:most].t().clone(memory_format=torch.contiguous_format)
@@ -190,7 +190,7 @@ def verified(steps: GraphedSteps, batch: Sequence[VerifyJob], vocab_size: int) -
     inputs = (guesses, _packed_uniforms(batch, shape.rows, device), *masks, *(() if q is None else (q,)))
     width = None if q is None else q.shape[1]
     part = Part(("verify", shape, sampling, trace, width, len(masks) and len(masks[1])), body)
-    found = steps.run((part,), readings, tokens, shape, inputs=inputs)
+    found = steps.run((part,), readings, tokens, inputs=inputs)
     return None if found is None else told(found[0], batch, sequences=sequences)
 
 

@@ -14,12 +14,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
-
-    from numpy.typing import NDArray
 
     from draftloop.backends.torch.decoder import TorchCache
 
@@ -104,38 +100,27 @@ def first_rows(readings: Sequence[Reading]) -> list[int]:
     return [0, *accumulate(one.count for one in readings[:-1])]
 
 
-def table(readings: Sequence[Reading], shape: Shape, queries: int) -> NDArray[np.int64]:
-    """[tiles, FIELDS] of a step in which all of them read."""
-    entries = [
-        (one.cache.values.data_ptr(), one.cache.max_tokens, one.cache.position, first, one.count, tile, 1)
-        for one, first in zip(readings, first_rows(readings), strict=True)
-        for tile in range(-(-one.count * queries // TILE_ROWS))
-    ]
-    return _filled(entries, shape.tiles(queries))
+def table(readings: Sequence[Reading], queries: int) -> list[int]:
+    """FIELDS of each tile of a step in which all of them read; what stands behind them has to be zero."""
+    fields: list[int] = []
+    for one, first in zip(readings, first_rows(readings), strict=True):
+        cache, count = one.cache, one.count
+        address, capacity, position = cache.values.data_ptr(), cache.max_tokens, cache.position
+        for tile in range(-(-count * queries // TILE_ROWS)):
+            fields += (address, capacity, position, first, count, tile, 1)
+    return fields
 
 
-def table_after(readings: Sequence[Reading], shape: Shape, queries: int) -> NDArray[np.int64]:
-    """[tiles, FIELDS] of the first of the steps behind that one."""
-    entries = [
-        (
-            one.cache.values.data_ptr(),
-            one.cache.max_tokens,
-            one.cache.position + one.count,
-            row,
-            1,
-            tile,
-            one.steps_after,
-        )
-        for row, one in enumerate(readings)
-        for tile in range(-(-queries // TILE_ROWS))
-    ]
-    return _filled(entries, shape.following.tiles(queries))
-
-
-def _filled(entries: Sequence[tuple[int, ...]], tiles: int) -> NDArray[np.int64]:
-    filled = np.zeros((tiles, FIELDS), np.int64)
-    filled[: len(entries)] = entries
-    return filled
+def table_after(readings: Sequence[Reading], queries: int) -> list[int]:
+    """The same of the first of the steps behind that one; empty where there is none."""
+    if not any(one.steps_after for one in readings):
+        return []
+    fields: list[int] = []
+    for row, one in enumerate(readings):
+        cache, position = one.cache, one.cache.position + one.count
+        for tile in range(-(-queries // TILE_ROWS)):
+            fields += (cache.values.data_ptr(), cache.max_tokens, position, row, 1, tile, one.steps_after)
+    return fields
 
 
 def _rounded_up(number: int, sizes: tuple[int, ...]) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from draftloop.backends.torch.cuda import kernels, products
@@ -67,9 +68,9 @@ class Step:
         tiles, tiles_after = LARGEST.tiles(self._queries), LARGEST.following.tiles(self._queries)
         self.tokens = torch.zeros(LARGEST.rows, dtype=torch.long, device=device)
         counts = (tiles * FIELDS, tiles_after * FIELDS, LARGEST.sequences, LARGEST.sequences)
+        self._ends = np.cumsum(counts)
         self._placed = torch.zeros(sum(counts), dtype=torch.long)
         self._places = self._placed.to(device)
-        self._host = _Places(*self._placed.split(counts))
         self._device = _Places(*self._places.split(counts))
         self.first_rows, self.last_rows = self._device.first_rows, self._device.last_rows
         onwards = torch.zeros(FIELDS, dtype=torch.long)
@@ -82,21 +83,15 @@ class Step:
         if chained:
             self._chain["launch_pdl"] = True
 
-    def place(self, readings: Sequence[Reading], tokens: torch.Tensor, shape: Shape) -> None:
-        """Say what is read next: `tokens` [T] of all `readings`, which fit into `shape`."""
-        reading = table(readings, shape, self._queries)
-        after = table_after(readings, shape, self._queries)
+    def place(self, readings: Sequence[Reading], tokens: torch.Tensor) -> None:
+        """Say what is read next: `tokens` [T] of all `readings`."""
         firsts = first_rows(readings)
         lasts = [first + one.count - 1 for first, one in zip(firsts, readings, strict=True)]
-        self._placed.zero_()
-        for place, values in (
-            (self._host.reading, reading),
-            (self._host.following, after),
-            (self._host.first_rows, firsts),
-            (self._host.last_rows, lasts),
-        ):
-            flat = torch.as_tensor(values).flatten()
-            place[: len(flat)] = flat
+        tables = [table(readings, self._queries), table_after(readings, self._queries)]
+        placed = np.zeros(self._ends[-1], np.int64)
+        for start, values in zip((0, *self._ends), (*tables, firsts, lasts), strict=False):
+            placed[start : start + len(values)] = values
+        self._placed = torch.from_numpy(placed)
         self.rewind()
         self.tokens[: len(tokens)].copy_(tokens, non_blocking=True)
 
