@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 _WARM_UPS = 1
 """Runs before recording: they compile kernels and let libraries allocate what they keep."""
-_MOST_GRAPHS = 64
-"""Kept at a time. Each keeps the memory of what it gives; the oldest makes room."""
+_MOST_GRAPHS = 256
+"""Kept at a time, some three times what a server's usual rounds need; the oldest makes room."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ class GraphedSteps:
         self._graphs: dict[Hashable, _Recorded] = {}
         self._refused: set[Hashable] = set()
         self._moved = False
+        self._stream: torch.cuda.Stream | None = None
+        """All are recorded on one: memory that they share belongs to a stream too."""
 
     def shape_for(self, readings: Sequence[Reading]) -> Shape | None:
         """What is recorded for them; None where they are too many, or one has no room for its tokens."""
@@ -188,7 +190,7 @@ class GraphedSteps:
         return self._graphs.get(part.key)
 
     def _recorded(self, body: Body, inputs: tuple[torch.Tensor, ...]) -> _Recorded:
-        stream = torch.cuda.Stream()
+        stream = self._stream = self._stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
