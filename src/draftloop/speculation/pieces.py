@@ -4,28 +4,42 @@ Contract: deterministic given the seconds that it is told. A piece takes no long
 others' newest rounds, so that the time between two of their tokens at most doubles. Must not know models or
 prompts.
 
-A pass takes some time once and some for each token; both are told by two pieces of different lengths. Where
-even a single token takes longer than a round, as where a pass takes the same time whatever it reads, the
-bound cannot be kept; a piece may then take a little longer than a token, for else a prompt would be read for
-ever.
+A pass takes some time once and some for each token; both are told by two pieces of lengths far apart, for
+between near ones chance is larger. Where a pass takes about the time of a round whatever it reads, the bound
+leaves room for a token or none: a piece may then take a fifth longer than a single token, for else a prompt
+would be read for ever.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 
 FIRST_TOKENS = 8
 """Before it is known what reading takes."""
 NEWEST_ROUNDS = 8
+NEWEST_PIECES = 64
+"""What a piece took before these says nothing of now."""
 AIM = 0.95
 """Of the time there is: reading grows slower with the context."""
-SLACK = 1.2
-"""Over a single token, where that takes longer than a round."""
+SLACK, FEW_TOKENS, MANY_MORE = 1.2, 8, 4
+"""Over a single token's pass, where the bound has room for few and that for so many times as many."""
 MOST_GROWTH = 1.5
 """From one piece to the next."""
-TELLING_CHANGE = 0.25
-"""Lengths that are nearer to each other tell more of chance than of what a token takes."""
+FAR = 2
+"""Times: lengths that are nearer to each other tell more of chance than of what a token takes."""
+MOST_RISE = 1.1
+"""Over what a piece of such a length took before: a stall says little, a growing context is soon believed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """So many tokens took so long; the `number`th of all pieces."""
+
+    tokens: int
+    seconds: float
+    number: int
 
 
 class PieceLengths:
@@ -38,10 +52,9 @@ class PieceLengths:
     def __init__(self, most_tokens: int) -> None:
         self._most_tokens = most_tokens
         self._rounds_s: deque[float] = deque(maxlen=NEWEST_ROUNDS)
-        self._newest: tuple[int, float] | None = None
-        self._other: tuple[int, float] | None = None
-        """The newest of a length that differs enough."""
-        self._single_s = 0.0
+        self._known: dict[int, _Piece] = {}
+        """The newest of each power of two."""
+        self._newest: _Piece | None = None
 
     def round_took(self, seconds: float) -> None:
         """The others' newest round."""
@@ -49,29 +62,42 @@ class PieceLengths:
 
     def piece_took(self, num_tokens: int, seconds: float) -> None:
         """A whole piece was read, whoever waited for it."""
-        if self._newest is not None and _differ(self._newest[0], num_tokens):
-            self._other = self._newest
-        self._newest = num_tokens, seconds
-        if num_tokens == 1 or seconds < self._single_s:
-            self._single_s = seconds
+        number = 0 if self._newest is None else self._newest.number + 1
+        self._known = {
+            power: one for power, one in self._known.items() if number - one.number < NEWEST_PIECES
+        }
+        before = self._known.get(num_tokens.bit_length())
+        if before is not None:
+            seconds = min(seconds, MOST_RISE * before.seconds)
+        self._newest = self._known[num_tokens.bit_length()] = _Piece(num_tokens, seconds, number)
 
     def next_tokens(self) -> int:
         """Of the piece to be read now."""
         if self._newest is None or not self._rounds_s:
             return FIRST_TOKENS
-        tokens, seconds = self._newest
-        spare_s = AIM * max(min(self._rounds_s), SLACK * self._single_s) - seconds
-        wanted = min(tokens + spare_s / self._token_s(spare_s), math.ceil(tokens * MOST_GROWTH))
-        return min(max(math.floor(wanted), 1), self._most_tokens)
+        newest, single = self._newest, self._known.get(1)
+        if FAR * max(one.tokens for one in self._known.values()) <= FIRST_TOKENS:
+            # Nothing tells any more what a token takes.
+            return FIRST_TOKENS
+        fitting = self._fitting(newest, AIM * min(self._rounds_s))
+        if fitting < FEW_TOKENS and single is not None:
+            more = self._fitting(newest, SLACK * single.seconds)
+            fitting = more if more >= MANY_MORE * max(fitting, 1) else fitting
+        return max(1, min(math.floor(fitting), math.ceil(newest.tokens * MOST_GROWTH), self._most_tokens))
 
-    def _token_s(self, spare_s: float) -> float:
-        """What a token more or less changes; unknown, the most for one more, the least for one less."""
-        tokens, seconds = self._newest or (FIRST_TOKENS, 0.0)
-        token_s = seconds / tokens * (1.0 if spare_s > 0 else 0.5)
-        if self._other is not None and _differ(self._other[0], tokens):
-            token_s = (seconds - self._other[1]) / (tokens - self._other[0])
-        return max(token_s, 1e-9)
+    def _fitting(self, newest: _Piece, room_s: float) -> float:
+        spare_s = room_s - newest.seconds
+        wanted = newest.tokens + spare_s / self._token_s(newest, growing=spare_s > 0)
+        return min(wanted, *(one.tokens - 1 for one in self._known.values() if one.seconds > room_s), wanted)
 
+    def _token_s(self, newest: _Piece, *, growing: bool) -> float:
+        """What a token more or less changes; unknown, the most for one more. One less may change less."""
+        each_s = newest.seconds / newest.tokens
 
-def _differ(one: int, other: int) -> bool:
-    return abs(one - other) >= TELLING_CHANGE * max(one, other)
+        def times(one: _Piece) -> float:
+            return max(one.tokens, newest.tokens) / min(one.tokens, newest.tokens)
+
+        other, token_s = max(self._known.values(), key=times), each_s
+        if times(other) >= FAR:
+            token_s = (newest.seconds - other.seconds) / (newest.tokens - other.tokens)
+        return max(token_s, 1e-9 if growing else each_s / 2)
