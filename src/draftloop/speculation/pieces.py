@@ -100,4 +100,4 @@ class PieceLengths:
         other, token_s = max(self._known.values(), key=times), each_s
         if times(other) >= FAR:
             token_s = (newest.seconds - other.seconds) / (newest.tokens - other.tokens)
-        return max(token_s, 1e-9 if growing else each_s / 2)
+        return max(token_s, 0.0 if growing else each_s / 2, 1e-9)
