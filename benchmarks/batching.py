@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=3, help="of each stream")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warm-ups", type=int, default=0, help="repeats before, where a GPU records rounds")
     parser.add_argument("--long-prompt", type=int, default=3000, help="tokens; 0: none")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -181,11 +182,13 @@ def main() -> None:
     print(engine.backend.capabilities().device)
     counts = [int(count) for count in arguments.streams.split(",")]
     runs: dict[tuple[int, bool], list[Run]] = defaultdict(list)
-    for repeat in range(arguments.repeats):
+    for repeat in range(-arguments.warm_ups, arguments.repeats):
         for count in counts:
             # Whoever goes first finds the other's learning or a cold machine: they change places.
             for draft in (repeat % 2 == 0, repeat % 2 == 1):
-                runs[count, draft].append(bench.together(count, draft=draft))
+                run = bench.together(count, draft=draft)
+                if repeat >= 0:
+                    runs[count, draft].append(run)
     figures = tabled(runs)
     if arguments.long_prompt:
         before_s, meanwhile_s = bench.beside_a_prompt(arguments.long_prompt)

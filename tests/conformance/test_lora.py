@@ -126,7 +126,8 @@ def test_a_fresh_adapter_changes_nothing(load_toy, backend, rounding, options):
     model = load_toy(backend, **options)
     before = logits(model)
     model.set_adapter(new_lora(model.architecture, SPEC, seed=1), UNFUSED)
-    assert np.abs(logits(model) - before).max() <= rounding(1e-4, 0.5, **options)
+    exact = 1e-4 if backend.capabilities().records_rounds else 1e-5
+    assert np.abs(logits(model) - before).max() <= rounding(exact, 0.5, **options)
 
 
 def test_one_adapter_takes_the_others_place(load_toy, backend):

@@ -7,14 +7,14 @@ same for one sequence as nearly for all. Must not know models, caches or request
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from draftloop.speculation.plans import asks_model, best_plan
 from draftloop.speculation.schedule import best_choice
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     from draftloop.speculation.plans import Plan, Prospect
     from draftloop.speculation.schedule import Schedule
@@ -25,6 +25,20 @@ LEAST_SPEEDUP = 1.1
 
 GOOD_CHANCE = 0.95
 """Of the drafts of a model that is as good a draft as they ever are."""
+
+
+STANDING_ROUNDS = 8
+"""So long a plan stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """A plan, for streams like these, so many rounds more; `lags`: also where the draft lags behind one."""
+
+    alike: Hashable
+    lags: bool
+    plan: Plan
+    rounds: int
 
 
 def _saved_s(plain: Plan, promised: Plan) -> float:
@@ -38,6 +52,7 @@ class TogetherPace:
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
         self._plan: Plan | None = None
+        self._standing: _Standing | None = None
         self._drafts = False
         self._company = 0
 
@@ -59,8 +74,25 @@ class TogetherPace:
         """K of each stream. The draft is probed as for one stream, out of the same allowance.
 
         Catching up is paid for many rounds, so drafts begin only where they promise more than prices may be
-        wrong by, and go on while they promise anything.
+        wrong by, and go on while they promise anything. A plan stands for some rounds while the streams are
+        the same: making one takes as long as a good part of a GPU's round.
         """
+        alike = self._company, tuple((len(one.chances), one.by_model, one.settled) for one in prospects)
+        standing, lags = self._standing, any(one.backlog_tokens for one in prospects)
+        if standing is not None and standing.alike == alike and standing.rounds and standing.lags >= lags:
+            self._standing = replace(standing, rounds=standing.rounds - 1)
+            self._plan = standing.plan
+            return standing.plan
+        plan, stands = self._chosen(prospects)
+        self._plan, self._standing = plan, None
+        # What a text offers by itself is other in every round.
+        if stands and all(one.by_model for one in prospects):
+            caught_up = replace(plan, reads_backlog=False)
+            self._standing = _Standing(alike, lags or not plan.drafting, caught_up, STANDING_ROUNDS)
+        return plan
+
+    def _chosen(self, prospects: Sequence[Prospect]) -> tuple[Plan, bool]:
+        """The plan, and whether it would be the same again: nothing is tried out by it."""
         probes, costs = self._schedule.probes, self._schedule.costs
         plain = best_plan(costs, prospects, with_model=False)
         asked = [index for index, one in enumerate(prospects) if asks_model(one) and one.chances]
@@ -69,26 +101,27 @@ class TogetherPace:
         if len(ready) < len(asked):
             promised = self._drafting(prospects, ready, plain)
         self._drafts = promised.tokens_per_s > plain.tokens_per_s * (1 if self._drafts else LEAST_SPEEDUP)
-        self._plan = plain
         # Who is about to join changes what pays: what is found out before says nothing of later rounds.
         settled = len(prospects) >= self._company
         if self._drafts:
             if settled:
                 probes.soon()
             # Drafts are set off against what so many streams take without them, so that is looked at first.
-            if costs.knows_shared(plain.rows, len(prospects)) and not probes.alone_due:
-                # What drafts cost is found out a step at a time: a guess too high is dear for all.
-                most_each = costs.most_drafts_known(len(prospects)) + 1
-                known = sum(promised.drafting) <= most_each * len(prospects)
-                self._plan = promised if known else self._drafting(prospects, ready, plain, most_each)
-        elif asked and settled:
+            if not costs.knows_shared(plain.rows, len(prospects)) or probes.alone_due:
+                return plain, False
+            # What drafts cost is found out a step at a time: a guess too high is dear for all.
+            most_each = costs.most_drafts_known(len(prospects)) + 1
+            if sum(promised.drafting) > most_each * len(prospects):
+                return self._drafting(prospects, ready, plain, most_each), False
+            return promised, True
+        if asked and settled:
             cheapest = min(asked, key=lambda index: prospects[index].backlog_tokens)
             probing = self._drafting(prospects, [cheapest], plain, 1)
             loss_s = max(0.0, probing.round_s * (1 - probing.tokens_per_s / plain.tokens_per_s))
             backlog_s = self._read_s(prospects[cheapest])
             if probes.due(backlog_s, loss_s, lambda: self._hopeless(prospects, plain)):
-                self._plan = probing
-        return self._plan
+                return probing, False
+        return plain, True
 
     def reads_along(self, prospect: Prospect, count: int) -> bool:
         """Whether the draft shall read what it lacks at once, beside so many streams of the same prospect."""
