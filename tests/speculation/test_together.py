@@ -222,6 +222,23 @@ def test_what_the_calibration_got_wrong_is_learnt(believed, alpha, count):
     assert late.speed > 1 - 2 * PROBE_SHARE
 
 
+@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("alpha", [0.5, 0.95])
+def test_rounds_that_set_something_up_say_nothing_of_later_ones(alpha, count):
+    """A GPU records the first round of each shape, which takes as long as twenty."""
+    pace, seen = TogetherPace(Schedule(PACKED)), set()
+    prospects = [Prospect((alpha,) * 4)] * count
+    for _ in range(60):
+        plan = pace.choose(prospects)
+        seconds = PACKED.shared_s(plan.rows, count, plan.drafting)
+        pace.observe(seconds if plan.num_draft_tokens in seen else 20 * seconds)
+        seen.add(plan.num_draft_tokens)
+    late = Machine(PACKED, alpha, count).serve(pace, 300)
+    right = Machine(PACKED, alpha, count).serve(TogetherPace(Schedule(PACKED)), 300)
+    assert late.speed > 0.95 * right.speed
+    assert late.speed > 1 - 2 * PROBE_SHARE
+
+
 def test_drafts_grow_by_one_each_in_a_round_of_streams_never_seen():
     pace, likely = TogetherPace(Schedule(PACKED)), [Prospect((0.95,) * 4)] * 2
     found = []

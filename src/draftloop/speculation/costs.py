@@ -180,14 +180,17 @@ class LiveCosts:
     def observe_shared(self, rows: int, sequences: int, drafting: Sequence[int], seconds: float) -> None:
         """Learn from a round of several sequences that read no backlog.
 
-        Calibration knows less of them than of one sequence's, so the first rounds count for more.
+        Calibration knows less of them than of one sequence's, so the first rounds count for more. But for the
+        very first of a kind where that took far longer: it has set something up, as a GPU that records it.
         """
         if seconds <= 0:
             return
         calibrated_s = self.calibrated.shared_s(rows, sequences, drafting)
         known, each = self._shared.setdefault(sequences, {}), _drafts_each(rows, sequences)
         if each not in known:
-            known[each] = _Seen(1, math.log(seconds / calibrated_s) - self._common)
+            correction = math.log(seconds / calibrated_s) - self._common
+            set_up = correction > _LARGEST_SURPRISE
+            known[each] = _Seen(0, _LARGEST_SURPRISE) if set_up else _Seen(1, correction)
             return
         before = known[each]
         surprise = self._surprise(seconds, calibrated_s, before.correction)
@@ -196,11 +199,12 @@ class LiveCosts:
 
     def knows_shared(self, rows: int, sequences: int) -> bool:
         """Whether a round like this was ever looked at, with so many sequences or the next number known."""
-        return _drafts_each(rows, sequences) in self._most_alike(sequences)
+        seen = self._most_alike(sequences).get(_drafts_each(rows, sequences))
+        return seen is not None and seen.rounds > 0
 
     def most_drafts_known(self, sequences: int) -> int:
         """The most drafts for each of so many sequences, or of the next number known, in any round so far."""
-        return max(self._most_alike(sequences), default=0)
+        return max((each for each, seen in self._most_alike(sequences).items() if seen.rounds), default=0)
 
     def _most_alike(self, sequences: int) -> Mapping[int, _Seen]:
         if not self._shared:
@@ -217,7 +221,7 @@ class LiveCosts:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """Rounds of one kind, and what the calibration got wrong in them, in log seconds."""
+    """Rounds of one kind that were believed, and what the calibration got wrong in them, in log seconds."""
 
     rounds: int
     correction: float
