@@ -190,7 +190,7 @@ class LiveCosts:
         if each not in known:
             correction = math.log(seconds / calibrated_s) - self._common
             set_up = correction > _LARGEST_SURPRISE
-            known[each] = _Seen(0, _LARGEST_SURPRISE) if set_up else _Seen(1, correction)
+            known[each] = _Seen(0, 0.0) if set_up else _Seen(1, correction)
             return
         before = known[each]
         surprise = self._surprise(seconds, calibrated_s, before.correction)
@@ -199,17 +199,20 @@ class LiveCosts:
 
     def knows_shared(self, rows: int, sequences: int) -> bool:
         """Whether a round like this was ever looked at, with so many sequences or the next number known."""
-        seen = self._most_alike(sequences).get(_drafts_each(rows, sequences))
-        return seen is not None and seen.rounds > 0
+        return _drafts_each(rows, sequences) in self._most_alike(sequences)
 
     def most_drafts_known(self, sequences: int) -> int:
         """The most drafts for each of so many sequences, or of the next number known, in any round so far."""
-        return max((each for each, seen in self._most_alike(sequences).items() if seen.rounds), default=0)
+        return max(self._most_alike(sequences), default=0)
 
     def _most_alike(self, sequences: int) -> Mapping[int, _Seen]:
-        if not self._shared:
-            return {}
-        return self._shared[min(self._shared, key=lambda count: (abs(count - sequences), count))]
+        """What is believed of so many sequences, or of the next number of which anything is."""
+        believed = {
+            count: {each: seen for each, seen in kinds.items() if seen.rounds}
+            for count, kinds in self._shared.items()
+        }
+        counts = [count for count, kinds in believed.items() if kinds]
+        return believed[min(counts, key=lambda count: (abs(count - sequences), count))] if counts else {}
 
     def _surprise(self, seconds: float, calibrated_s: float, correction: float) -> float:
         """What nothing explains so far, cut; the common factor takes its part."""
