@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from draftloop.speculation.costs import RoundCosts
 from draftloop.speculation.plans import Prospect, best_plan
 from draftloop.speculation.schedule import PROBE_SHARE, Schedule, best_choice
-from draftloop.speculation.together import LEAST_SPEEDUP, TogetherPace
+from draftloop.speculation.together import LEAST_SPEEDUP, STANDING_ROUNDS, TogetherPace
 
 CHANCES = st.floats(0, 1)
 PACKED = RoundCosts(
@@ -279,3 +279,35 @@ def test_drafts_begin_for_more_than_they_go_on_for():
         pace.observe(PACKED.shared_s(2, 2, ()))
     pace.observe(PACKED.shared_s(4, 2, (2,)))
     assert any(pace.choose(near).num_draft_tokens)
+
+
+def drafting_pace(prospects):
+    """A pace that has come to a plan for these streams which is to stand, and the plan."""
+    pace, plans = TogetherPace(Schedule(PACKED)), []
+    while len(plans) < 2 or plans[-1].num_draft_tokens != plans[-2].num_draft_tokens:
+        plans.append(pace.choose(prospects))
+        pace.observe(plans[-1].round_s)
+    return pace, plans[-1]
+
+
+def test_a_plan_stands_for_some_rounds_and_for_streams_alike():
+    likely, unlikely = [Prospect((0.95,) * 4)] * 2, [Prospect((0.01,) * 4)] * 2
+    pace, plan = drafting_pace(likely)
+    assert all(plan.num_draft_tokens)
+    for _ in range(STANDING_ROUNDS - 1):
+        assert pace.choose(unlikely).num_draft_tokens == plan.num_draft_tokens
+        pace.observe(plan.round_s)
+    assert not all(pace.choose(unlikely).num_draft_tokens)
+    shorter = [Prospect((0.95,) * 3)] * 2
+    pace, _ = drafting_pace(likely)
+    assert max(pace.choose(shorter).num_draft_tokens) <= 3
+
+
+def test_who_joins_in_anothers_place_is_not_caught_up_with_by_the_plan_that_stood():
+    ready, late = Prospect((0.9,) * 4), Prospect((0.9,) * 4, backlog_tokens=9000)
+    pace, plan = drafting_pace([late, ready, ready])
+    assert [k > 0 for k in plan.num_draft_tokens] == [False, True, True]
+    # The first of the ready ones is gone, and so all others stand a place further up.
+    moved = pace.choose([ready, late, ready])
+    assert moved.num_draft_tokens[1] == 0
+    assert not moved.reads_backlog

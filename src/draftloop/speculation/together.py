@@ -26,19 +26,26 @@ LEAST_SPEEDUP = 1.1
 GOOD_CHANCE = 0.95
 """Of the drafts of a model that is as good a draft as they ever are."""
 
-
 STANDING_ROUNDS = 8
-"""So long a plan stands."""
+"""A plan stands for so many rounds behind its first one."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Standing:
-    """A plan, for streams like these, so many rounds more; `lags`: also where the draft lags behind one."""
+    """A plan, for streams like these, so many rounds more."""
 
     alike: Hashable
-    lags: bool
     plan: Plan
     rounds: int
+
+    def suits(self, alike: Hashable, prospects: Sequence[Prospect]) -> bool:
+        """Whether it may be followed once more: not where somebody would be caught up with that was not asked
+        whether it pays, such as one who has joined in another's place.
+        """
+        if self.alike != alike or not self.rounds:
+            return False
+        drafts = zip(self.plan.num_draft_tokens, prospects, strict=True)
+        return not any(k and one.backlog_tokens for k, one in drafts)
 
 
 def _saved_s(plain: Plan, promised: Plan) -> float:
@@ -78,8 +85,8 @@ class TogetherPace:
         the same: making one takes as long as a good part of a GPU's round.
         """
         alike = self._company, tuple((len(one.chances), one.by_model, one.settled) for one in prospects)
-        standing, lags = self._standing, any(one.backlog_tokens for one in prospects)
-        if standing is not None and standing.alike == alike and standing.rounds and standing.lags >= lags:
+        standing = self._standing
+        if standing is not None and standing.suits(alike, prospects):
             self._standing = replace(standing, rounds=standing.rounds - 1)
             self._plan = standing.plan
             return standing.plan
@@ -88,7 +95,7 @@ class TogetherPace:
         # What a text offers by itself is other in every round.
         if stands and all(one.by_model for one in prospects):
             caught_up = replace(plan, reads_backlog=False)
-            self._standing = _Standing(alike, lags or not plan.drafting, caught_up, STANDING_ROUNDS)
+            self._standing = _Standing(alike, caught_up, STANDING_ROUNDS)
         return plan
 
     def _chosen(self, prospects: Sequence[Prospect]) -> tuple[Plan, bool]:
