@@ -125,9 +125,7 @@ def _chosen_together(
     whose: list[int | None] = []
     for stream, own in zip(streams, settled, strict=True):
         if stream.pace.apart:
-            k = 0 if own is None else own[0].choice.num_draft_tokens
-            by_model = own is not None and own[0].by_model
-            prospects.append(Prospect(tuple(stream.pace.chances(k)), by_model=by_model, settled=True))
+            prospects.append(_settled(drafters, stream, own))
             whose.append(None)
             continue
         found = [(drafter.prospect(stream), who) for who, drafter in enumerate(drafters)]
@@ -142,6 +140,14 @@ def _chosen_together(
             choice = Choice(k, plan.tokens_per_s)
             best[index] = Offer(choice, one.by_model, one.backlog_tokens, one.tokens[:k]), who
     return best
+
+
+def _settled(drafters: Sequence[Drafter], stream: Stream, own: tuple[Offer, int] | None) -> Prospect:
+    """What the offer that a stream has taken by itself is to the others: so many rows, and a backlog."""
+    prospect = None if own is None else drafters[own[1]].prospect(stream)
+    if own is None or prospect is None:
+        return Prospect((), by_model=False, settled=True)
+    return replace(prospect, chances=prospect.chances[: own[0].choice.num_draft_tokens], settled=True)
 
 
 class ModelDrafter:
