@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,8 +67,8 @@ def new_engine(toy_pair):
         engine = Engine(
             backend, pair, tokenizer, **{"cache_clear_frequency": 100, "most_together": 4, **options}
         )
-        # How many pieces a prompt is read in depends on seconds.
-        engine.batch = partial(engine.batch, clock=lambda: 0.0)
+        # How many pieces a prompt is read in depends on seconds, and so does what rounds together draft.
+        engine.batch = partial(engine.batch, clock=count().__next__)
         return engine
 
     return new

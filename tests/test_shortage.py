@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
+from itertools import count
 
 import numpy as np
 import pytest
@@ -47,6 +49,12 @@ class Scarce:
         return work(jobs) if jobs else work()
 
 
+def ticking(engine):
+    """By a clock of its own: how prompts are cut, who is active when, what is drafted depend on seconds."""
+    engine.batch = partial(engine.batch, clock=count().__next__)
+    return engine
+
+
 @pytest.fixture(scope="module")
 def loaded(toy_pair):
     target, draft = toy_pair(noise=0.05)
@@ -62,7 +70,7 @@ def new_engine(loaded):
     def new(**options):
         pair = Pair(*map(Scarce, models))
         options = {"cache_clear_frequency": 100, "most_together": 4, **options}
-        return Engine(backend, pair, tokenizer, **options)
+        return ticking(Engine(backend, pair, tokenizer, **options))
 
     return new
 
@@ -119,7 +127,9 @@ def test_each_answer_is_the_one_it_would_be_with_memory_enough(loaded, scheduled
     backend, models, tokenizer = loaded
     pair = Pair(*map(Scarce, models))
     schedule = Schedule(CHEAP) if scheduled else None
-    engine = Engine(backend, pair, tokenizer, cache_clear_frequency=9, most_together=4, schedule=schedule)
+    engine = ticking(
+        Engine(backend, pair, tokenizer, cache_clear_frequency=9, most_together=4, schedule=schedule)
+    )
     open_caches = []
 
     def lacks_at(model, calls):
