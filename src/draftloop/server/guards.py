@@ -31,7 +31,8 @@ KEYLESS_FOLDER = "/dashboard/"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 MEGABYTE = 1_000_000
 REFUSALS = (401, 403, 408, 413)
-"""The statuses of what is refused here, which no route gives."""
+"""The statuses of what is refused here. Of the routes only the dashboard's give one of them, 403, to another
+site's page; that is counted likewise."""
 
 
 def add_guards(app: FastAPI, server: ServerSettings, refused: Callable[[int], None]) -> None:

@@ -88,7 +88,8 @@ class PieceLengths:
     def _fitting(self, newest: _Piece, room_s: float) -> float:
         spare_s = room_s - newest.seconds
         wanted = newest.tokens + spare_s / self._token_s(newest, growing=spare_s > 0)
-        return min(wanted, *(one.tokens - 1 for one in self._known.values() if one.seconds > room_s), wanted)
+        too_long = [one.tokens - 1 for one in self._known.values() if one.seconds > room_s]
+        return min([wanted, *too_long])
 
     def _token_s(self, newest: _Piece, *, growing: bool) -> float:
         """What a token more or less changes; unknown, the most for one more. One less may change less."""
