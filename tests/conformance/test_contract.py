@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 
@@ -92,9 +94,10 @@ def test_all_kinds_of_extra_tokens_occur(pair):
 
 
 def test_a_batch_is_its_sequences_alone(pair):
-    """Of different lengths, widths, rules; with and without a trace."""
-    lengths, widths = (3, 12, 7), (2, 4, 1)
-    rules = (SAMPLED, GREEDY, Rules(Sampling(temperature=0.7, top_p=0.9), masked_ids=(4,), masked_rows=1))
+    """Of different lengths and widths, by rules that some share; with and without a trace."""
+    lengths, widths, traced = (3, 12, 7, 9, 5, 4), (2, 4, 1, 4, 1, 3), (True, True, False, True, True, True)
+    masked = Rules(Sampling(temperature=0.7, top_p=0.9), masked_ids=(4,), masked_rows=1)
+    rules = (SAMPLED, GREEDY, masked, SAMPLED, GREEDY, masked)
 
     def jobs(i):
         prompt = PROMPT[: lengths[i]]
@@ -104,18 +107,22 @@ def test_a_batch_is_its_sequences_alone(pair):
 
     def verify_job(i, cache, proposal):
         k = widths[i]
-        return VerifyJob(cache, 7, proposal, rules[i], uniforms(k, i), uniforms(k + 1, i), trace=i == 1)
+        return VerifyJob(cache, 7, proposal, rules[i], uniforms(k, i), uniforms(k + 1, i), trace=traced[i])
 
-    prepared = [jobs(i) for i in range(3)]
+    prepared = [jobs(i) for i in range(6)]
     proposals = pair.draft.propose([draft_job for draft_job, _ in prepared])
-    together = pair.target.verify([verify_job(i, prepared[i][1], proposals[i]) for i in range(3)])
-    for i in range(3):
+    together = pair.target.verify([verify_job(i, prepared[i][1], proposals[i]) for i in range(6)])
+    for i in range(6):
         draft_job, cache = jobs(i)
         alone = pair.target.verify([verify_job(i, cache, pair.draft.propose([draft_job])[0])])[0]
         assert together[i].tokens == alone.tokens
         assert together[i].drafted_tokens == alone.drafted_tokens
         assert together[i].alphas == pytest.approx(alone.alphas, abs=1e-4)
-        assert (together[i].trace is None) == (i != 1)
+        assert (together[i].trace is not None) == traced[i]
+        if together[i].trace is not None:
+            for found, wanted in zip(astuple(together[i].trace), astuple(alone.trace), strict=True):
+                assert found.shape == wanted.shape
+                np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
