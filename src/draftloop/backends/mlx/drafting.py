@@ -61,15 +61,14 @@ def propose(
     """
     heads = [job.rules if cut is None else cut.vocabulary.rules(job.rules) for job in batch]
     width = vocab_size if cut is None else len(cut.vocabulary.ids)
-    kinds = [_kind(rules, width) for rules in heads]
+    members = alike([_kind(rules, width) for rules in heads])
     groups = [
-        _Group(kind, [batch[i] for i in members], [heads[i] for i in members], cut, width)
-        for kind, members in alike(kinds).items()
+        _Group(kind, [batch[i] for i in indexes], [heads[i] for i in indexes], cut, width)
+        for kind, indexes in members.items()
     ]
     drafting = _Drafting(steps, groups, cut, vocab_size)
     drafting.run()
-    order = [index for members in alike(kinds).values() for index in members]
-    return in_batch_order(drafting.proposals(), order)
+    return in_batch_order(drafting.proposals(), [i for indexes in members.values() for i in indexes])
 
 
 class _Group:
