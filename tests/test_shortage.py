@@ -254,6 +254,25 @@ def test_what_is_kept_of_past_texts_goes_before_anybody_waits_or_fails(new_engin
     assert told[-1].token_ids == wanted
 
 
+@pytest.mark.parametrize(("which", "work"), [("draft", "propose"), ("target", "verify")])
+def test_what_is_kept_of_past_texts_goes_for_all_who_lack_memory_in_a_round(new_engine, which, work):
+    engine, asked = new_engine(prefixes=PrefixCache(1_000_000)), [request(seed) for seed in range(3)]
+    wanted = [new_engine().complete(one).token_ids for one in asked]
+    engine.complete(request(9))
+    with engine.batch() as batch:
+        members = [batch.join(one) for one in asked]
+        while any(member.reads for member in members):
+            [*batch.step()]
+        model = getattr(engine.pair, which)
+        model.lacks = lambda name, _: name == work and engine.prefix_cache_bytes > 0
+        assert [*batch.step()] == []
+        assert not engine.prefix_cache_bytes
+        ends = {}
+        while batch.members:
+            ends.update(batch.step())
+    assert [ends[member].token_ids for member in members] == wanted
+
+
 class Listener:
     """A recorder that remembers."""
 

@@ -114,9 +114,9 @@ class Member:
         self.answer.prompt_s += time.perf_counter() - started_s
         return self._progress(self._reading)
 
-    def make_room(self, error: Exception) -> bool:
-        """Whether what failed may go well now: memory ran out, and some was kept that nobody needs."""
-        return isinstance(error, OutOfMemory) and self._books.make_room(error)
+    def make_room(self, error: OutOfMemory) -> bool:
+        """Whether what failed may go well now: some memory was kept that nobody needs."""
+        return self._books.make_room(error)
 
     def take(self, outcome: Round, seconds: float) -> list[TextPiece | RoundDone]:
         """A round is over; so long is this answer's part of it."""
@@ -298,8 +298,11 @@ class Batch:
             return
         round_s = self._clock() - started_s
         self._pieces.round_took(round_s)
-        part_s = round_s / len(active)
-        told = [_taken(one, outcome, part_s) for one, outcome in zip(active, outcomes, strict=True)]
+        part_s, spared = round_s / len(active), _spared(active)
+        told = [
+            [] if one in spared else _taken(one, outcome, part_s)
+            for one, outcome in zip(active, outcomes, strict=True)
+        ]
         for member, events in zip(active, told, strict=True):
             yield from ((member, event) for event in events)
         for member in active:
@@ -369,16 +372,23 @@ def _with_room(member: Member, work: Callable[[], PromptProgress]) -> PromptProg
     return work()
 
 
+def _spared(members: Sequence[Member]) -> list[Member]:
+    """Who lacked memory in a round, where there is more now: the next round is this one again for them."""
+    short = [(member, member.stream.shortage) for member in members if member.stream.shortage is not None]
+    # What is given up is given up for all of them: nothing is left for a second one to ask for.
+    if not short or not short[0][0].make_room(short[0][1]):
+        return []
+    for member, _ in short:
+        member.stream.shortage = None
+    return [member for member, _ in short]
+
+
 def _taken(member: Member, outcome: Round, seconds: float) -> list[TextPiece | RoundDone | Failed]:
     """What a round brought one answer; what fails here is its own."""
     try:
         failure = member.stream.failure
         if failure is None:
             return [*member.take(outcome, seconds)]
-        if member.make_room(failure):
-            # Nothing was said: the next round is this one again.
-            member.stream.shortage = None
-            return []
         member.break_off(whole=True)
     except Exception as error:
         return [_failed(member, error)]
