@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from draftloop.answers import RoundDone
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 class SteppedEngine(Engine):
     """Gives each event when `step` allows it; `free` lets everything through.
+
+    Its batches have a clock of their own, for prompts are read in pieces that depend on seconds.
 
     Attributes:
         begun: prompts' texts in the order in which they were begun.
@@ -52,6 +55,7 @@ class SteppedEngine(Engine):
             self._steps.acquire()
 
     def batch(self, *arguments: Any, **named: Any) -> Batch:
+        named = {"clock": count().__next__, **named}
         self.batches.append(SteppedBatch(self, super().batch(*arguments, **named)))
         return self.batches[-1]
 
