@@ -32,9 +32,10 @@ from draftloop.types import Sampling
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from draftloop.batch import Batch, Member
+    from draftloop.batch import Batch
     from draftloop.config.schema import Config
     from draftloop.engine import Engine
+    from draftloop.member import Member
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 QUANTILE = 0.95

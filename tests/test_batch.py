@@ -27,7 +27,7 @@ from draftloop.speculation.stream import Pair
 from draftloop.types import Sampling
 
 if TYPE_CHECKING:
-    from draftloop.batch import Member
+    from draftloop.member import Member
 
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=0.9, top_p=0.95)
 CHEAP = RoundCosts(((1, 1.0), (40, 1.4)), 0.05, 0.0, 0.01, verify_more_s=0.01, draft_more_s=0.01)

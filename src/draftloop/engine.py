@@ -25,9 +25,10 @@ from draftloop.answers import (
     TextPiece,
 )
 from draftloop.backends.lora import AdapterForm
-from draftloop.batch import Batch, Member
+from draftloop.batch import Batch
 from draftloop.bookkeeping import Bookkeeping
 from draftloop.errors import DraftloopError, InputError, OutOfMemory
+from draftloop.member import Member
 from draftloop.models.text import TextStream
 from draftloop.speculation.experience import Experience
 from draftloop.speculation.stream import Conversation, DecodeSettings, Pair

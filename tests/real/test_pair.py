@@ -21,7 +21,7 @@ from draftloop.types import Sampling
 from .prompts import COPYING, PROMPTS
 
 if TYPE_CHECKING:
-    from draftloop.batch import Member
+    from draftloop.member import Member
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1500)]
 

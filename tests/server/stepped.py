@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from draftloop.answers import Event, Failed, PutOff
-    from draftloop.batch import Member
+    from draftloop.member import Member
 
 
 class SteppedEngine(Engine):

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from draftloop.answers import Completion, Event, RoundDone
-from draftloop.batch import Batch, Member
+from draftloop.batch import Batch
 from draftloop.errors import ContextFull
+from draftloop.member import Member
 from draftloop.server.figures import Outcome
 from draftloop.server.queue import FairQueue
 from draftloop.server.tickets import AnswerFailed, Cancelled, QueueFull, ShuttingDown, TimedOut

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
-    from draftloop.batch import Batch, Member
+    from draftloop.batch import Batch
     from draftloop.engine import Completion, Engine, Request
+    from draftloop.member import Member
     from draftloop.speculation.stream import Conversation
 
 

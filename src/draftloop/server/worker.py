@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from draftloop.answers import Event
-    from draftloop.batch import Batch, Member
+    from draftloop.batch import Batch
     from draftloop.engine import Engine
+    from draftloop.member import Member
     from draftloop.server.tickets import Job
     from draftloop.speculation.round import Round
 
