@@ -134,7 +134,9 @@ def served(batch: Batch, requests: deque[Request]) -> Run:
             last_s[member] = end_s
         if started_s is None and len(last_s) >= num_streams:
             started_s = end_s
-    return Run(tokens / (end_s - (started_s or 0.0)), tuple(gaps_s))
+    if started_s is None or not gaps_s:
+        raise SystemExit("no two tokens came while all streams were busy: raise --tokens or --answers")
+    return Run(tokens / (end_s - started_s), tuple(gaps_s))
 
 
 def rounds(batch: Batch) -> Iterator[tuple[Member, RoundDone]]:

@@ -188,3 +188,18 @@ def test_the_first_piece_is_short_and_no_piece_is_much_too_long(toy_pair):
     """The speed of reading is unknown, and a pass over many tokens takes far longer than a round."""
     found, without = Scene(toy_pair, Costs(0.040, 0.004)).read()
     assert max(found) <= 3 * p95(without)
+
+
+@pytest.mark.parametrize("late", [10, 200])
+def test_a_short_prompt_does_not_wait_for_a_long_one_nor_that_for_many_short_ones(toy_pair, late):
+    scene = Scene(toy_pair, TARGET)
+    scene.read(readers=((2, 0),))
+    long = scene.batch.join(asked(PROMPT_TOKENS, 0))
+    [*scene.batch.step()]
+    left = long.left_tokens
+    short = [scene.batch.join(asked(late, 0)) for _ in range(3)]
+    while any(one.reads for one in short):
+        [*scene.batch.step()]
+    read = left - long.left_tokens
+    assert 0.5 * 3 * late <= read <= 1.5 * 3 * late + 20
+    assert long.reads

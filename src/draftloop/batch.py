@@ -71,6 +71,8 @@ class Batch:
         self._full = False
         """There was no memory for one more; until somebody leaves there will be none."""
         self._pieces = PieceLengths(PREFILL_CHUNK_TOKENS)
+        self._shortest = False
+        """Whether the reader of the last step was chosen for having the least to read."""
 
     def __enter__(self) -> Batch:
         return self
@@ -171,7 +173,12 @@ class Batch:
         self._forget()
 
     def _reader(self) -> Member | None:
-        return next((member for member in self._members if member.reads and not member.over), None)
+        """In turns who is soonest done and who came first: neither waits for the other's end."""
+        reading = [member for member in self._members if member.reads and not member.over]
+        self._shortest = not self._shortest
+        if self._shortest:
+            return min(reading, key=lambda member: member.left_tokens, default=None)
+        return next(iter(reading), None)
 
     def _read(self, reader: Member) -> Iterator[tuple[Member, PromptProgress | Failed | PutOff]]:
         """What the caches held, and one piece: beside others no longer than they hardly notice."""

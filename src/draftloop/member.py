@@ -73,8 +73,8 @@ class Member:
 
     @property
     def left_tokens(self) -> int:
-        """How many of its prompt's tokens are still to be read; once it has begun."""
-        return 0 if self._reading is None else self._reading.left_tokens
+        """How many of its prompt's tokens are still to be read; all of them before it has begun."""
+        return len(self.answer.request.prompt_tokens) if self._reading is None else self._reading.left_tokens
 
     def begin(self, draft_reads: Callable[[int], bool]) -> PromptProgress:
         """Take over what the caches, or the texts kept, hold of the prompt.
