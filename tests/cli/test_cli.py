@@ -171,7 +171,7 @@ def test_redirected_output_is_utf8_whatever_the_locale(tmp_path):
 
 def test_debug_shows_the_work(draftloop, toys_on_numpy):
     result = draftloop(*toys_on_numpy, *settings(**{"logging.level": "DEBUG"}), "generate", "hi")
-    assert "debug: draftloop.batch: round: " in result.err
+    assert "debug: draftloop.member: round: " in result.err
 
 
 def test_prompts_never_come_from_a_terminal_that_nobody_looks_at(monkeypatch):
