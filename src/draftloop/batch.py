@@ -204,7 +204,7 @@ class Batch:
 
     def _told(self, reader: Member, work: Callable[[], PromptProgress]) -> PromptProgress | Failed | PutOff:
         try:
-            return _with_room(reader, work)
+            return reader.with_room(work)
         except Exception as error:
             failed = _failed(reader, error)
         self._forget()
@@ -227,16 +227,6 @@ class Batch:
         staying = [member for member in self._members if not member.over]
         self._full = self._full and len(staying) == len(self._members)
         self._members = staying
-
-
-def _with_room(member: Member, work: Callable[[], PromptProgress]) -> PromptProgress:
-    """What `work` gives, which is tried again where that may help."""
-    try:
-        return work()
-    except OutOfMemory as error:
-        if not member.make_room(error):
-            raise
-    return work()
 
 
 def _spared(members: Sequence[Member]) -> list[Member]:

@@ -5,19 +5,22 @@ Contract: called by whoever makes answers, between two events of one. Must not k
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from draftloop.errors import OutOfMemory
 from draftloop.learning.recorder import Answered
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from draftloop.answers import Answer, Request
     from draftloop.backends.base import Backend
-    from draftloop.errors import OutOfMemory
     from draftloop.learning.recorder import Recorder
     from draftloop.speculation.prefixes import PrefixCache
     from draftloop.speculation.stream import Conversation
+
+
+Result = TypeVar("Result")
 
 
 class Bookkeeping:
@@ -63,6 +66,15 @@ class Bookkeeping:
         if given_up:
             self._backend.clear_cache()
         return given_up
+
+    def with_room(self, work: Callable[[], Result]) -> Result:
+        """What `work` gives; where memory runs out it is done once more, if `make_room` says so."""
+        try:
+            return work()
+        except OutOfMemory as error:
+            if not self.make_room(error):
+                raise
+        return work()
 
     def record(self, answer: Answer, finish_reason: str) -> None:
         """Store the answer, once, where the request wants it and there is something to store."""

@@ -27,7 +27,7 @@ from draftloop.answers import (
 from draftloop.backends.lora import AdapterForm
 from draftloop.batch import Batch
 from draftloop.bookkeeping import Bookkeeping
-from draftloop.errors import DraftloopError, InputError, OutOfMemory
+from draftloop.errors import DraftloopError, InputError
 from draftloop.member import Member
 from draftloop.models.text import TextStream
 from draftloop.speculation.experience import Experience
@@ -103,12 +103,7 @@ class Engine:
 
     def open_conversation(self) -> Conversation:
         """Empty caches for a conversation of several turns. OutOfMemory where there is no room for them."""
-        try:
-            return Conversation(self.pair)
-        except OutOfMemory as error:
-            if not self._books.make_room(error):
-                raise
-        return Conversation(self.pair)
+        return self._books.with_room(lambda: Conversation(self.pair))
 
     def follow_adapter(self) -> None:
         """Let the draft wear the adapter that is active now. Called before each request; atomic there.

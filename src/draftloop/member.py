@@ -107,6 +107,10 @@ class Member:
         """Whether what failed may go well now: some memory was kept that nobody needs."""
         return self._books.make_room(error)
 
+    def with_room(self, work: Callable[[], PromptProgress]) -> PromptProgress:
+        """What `work` gives, which is tried again where that may help."""
+        return self._books.with_room(work)
+
     def take(self, outcome: Round, seconds: float) -> list[TextPiece | RoundDone]:
         """A round is over; so long is this answer's part of it."""
         started_s = time.perf_counter()

@@ -112,6 +112,7 @@ class _Growing:
 
     def __init__(self, costs: SharedRounds, prospects: Sequence[Prospect]) -> None:
         self._costs, self._prospects = costs, prospects
+        self._by_model = [one.by_model for one in prospects]
         self._settled = [
             (stream, place, one.by_model)
             for stream, one in enumerate(prospects)
@@ -133,7 +134,6 @@ class _Growing:
             depth: 0 asks the draft model for nobody, else it is asked for somebody.
             most: of the draft model's, at least 1.
         """
-        by_model = [one.by_model for one in self._prospects]
         asking = [0] * max(depth, *(place + 1 for _, place, _ in self._settled), 0)
         drafting_s = 0.0
         for _, place, asked in self._settled:
@@ -143,7 +143,7 @@ class _Growing:
         best, best_speed = 0, 0.0 if depth else self._speed(tokens, total, drafting_s)
         for draft in drafts:
             kept, stream, place = draft
-            if by_model[stream]:
+            if self._by_model[stream]:
                 if place >= depth or not left:
                     continue
                 drafting_s += self._step_s(asking, place)
@@ -166,13 +166,13 @@ class _Growing:
         return tokens / (self._costs.factors[drafts] * (self._costs.verify_s[drafts] + drafting_s))
 
     def _plan(self, added: Sequence[tuple[float, int, int]], tokens_per_s: float) -> Plan:
-        ks, drafting, tokens = [0] * len(self._prospects), [], self._tokens
+        ks, tokens = [0] * len(self._prospects), self._tokens
         for stream, _, _ in self._settled:
             ks[stream] += 1
         for kept, stream, _ in added:
             ks[stream] += 1
             tokens += kept
-        asked = [k for k, one in zip(ks, self._prospects, strict=True) if one.by_model]
+        asked = [k for k, by_model in zip(ks, self._by_model, strict=True) if by_model]
         drafting = [sum(k > place for k in asked) for place in range(max(asked, default=0))]
         lagging = zip(ks, self._prospects, strict=True)
         return Plan(
