@@ -29,7 +29,8 @@ def cost_figures(costs: RoundCosts, num_draft_tokens: int) -> dict[str, Any]:
     from draftloop.speculation.schedule import best_choice
 
     best = {alpha: best_choice(costs, [alpha] * num_draft_tokens) for alpha in ALPHAS}
-    alone_s = costs.round_s(0)
+    # Divided by what the same sum gives for no drafts: then the target alone is 1, and no rounding below it.
+    alone = best_choice(costs, [])
     return {
         "sampling": "greedy" if costs.sampling.greedy else "sampled",
         "target_ms": {str(width): 1000 * seconds for width, seconds in costs.verify_s},
@@ -40,7 +41,7 @@ def cost_figures(costs: RoundCosts, num_draft_tokens: int) -> dict[str, Any]:
             {
                 "alpha": alpha,
                 "num_draft_tokens": choice.num_draft_tokens,
-                "speedup": choice.tokens_per_s * alone_s,
+                "speedup": choice.tokens_per_s / alone.tokens_per_s,
             }
             for alpha, choice in best.items()
         ],
